@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// at returns the stand-in's URL with these credentials, user:password or "", and path.
+func (s *standIn) at(credentials, path string) string {
+	if credentials != "" {
+		credentials += "@"
+	}
+	return strings.Replace(s.URL, "http://", "http://"+credentials, 1) + path
+}
+
+func mustBackstop(t testing.TB, url string) *backstop {
+	t.Helper()
+	b, err := newBackstop(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.client.CloseIdleConnections)
+	return b
+}
+
+func TestPost(t *testing.T) {
+	s := newStandIn(t)
+	s.set("user:p@ss/w%rd", nil)
+	b := mustBackstop(t, s.at("user:p%40ss%2Fw%25rd", "/publish/docker/"))
+	if err := b.post(t.Context(), []metric{{"web.a", 1, 1795409680}, {"web.b", 2, 1795409681}}); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := s.lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
+		t.Errorf("arrived:\n%swant\n%s", got, want)
+	}
+}
+
+// One connection serves all requests, the refused ones and those with a long answer among them.
+func TestPostKeepsItsConnection(t *testing.T) {
+	s := unstartedStandIn(t.Errorf)
+	var connections atomic.Int32
+	s.Server = httptest.NewUnstartedServer(s)
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			connections.Add(1)
+		}
+	}
+	s.Start()
+	t.Cleanup(s.stop)
+	good, bad := mustBackstop(t, s.URL+"/publish/docker"), mustBackstop(t, s.URL+"/nowhere")
+	bad.client = good.client
+	for range 3 {
+		if err := good.post(t.Context(), []metric{{"web.a", 1, 1795409680}}); err != nil {
+			t.Error(err)
+		}
+		if err := bad.post(t.Context(), nil); err == nil {
+			t.Error("a 404 with 140 KB was taken for success")
+		}
+	}
+	if n := connections.Load(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+	if idle := good.client.Transport.(*http.Transport).IdleConnTimeout; idle <= 0 || idle >= 20*time.Second {
+		t.Errorf("idle connections are kept for %s; Backstop closes them after 20 s", idle)
+	}
+}
+
+func TestPostFailures(t *testing.T) {
+	s := newStandIn(t)
+	moved := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://user:password@elsewhere/publish/docker?key=secret", status)
+		}
+	}
+	for _, test := range []struct {
+		why, path string
+		fault     http.HandlerFunc
+		final     bool
+		want      string
+	}{
+		{"no credentials", "/publish/docker", nil, false, `^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
+		{"another prefix", "/publish/doker", nil, false, `^answer 404 Not Found: unknown prefix; the path in --backstop has to be /publish/ and one of the PREFIXES`},
+		{"two segments", "/publish/docker/x", nil, false, `^answer 404 Not Found: <!DOCTYPE html>; the path`},
+		{"forbidden", "/publish/docker", answerWith(403, "Host not permitted"), false, `^answer 403 Forbidden: Host not permitted; Backstop in development mode.*RACK_ENV=production`},
+		{"bad metric", "/publish/docker", answerWith(400, "missing fields"), true, `^answer 400 Bad Request: missing fields$`},
+		{"too large", "/publish/docker", answerWith(413, ""), true, `^answer 413 Request Entity Too Large$`},
+		{"slow down", "/publish/docker", answerWith(429, ""), false, `^answer 429 Too Many Requests$`},
+		{"stalled", "/publish/docker", answerWith(408, ""), false, `^answer 408 Request Timeout$`},
+		{"carbon is down", "/publish/docker", answerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), false, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
+		{"no content", "/publish/docker", answerWith(304, ""), false, `^answer 304 Not Modified$`},
+		{"moved", "/publish/docker", moved(301), false, `^answer 301 Moved Permanently; set --backstop to the address that it redirects to: http://elsewhere/publish/docker$`},
+		{"moved, method kept", "/publish/docker", moved(307), false, `^answer 307 Temporary Redirect; set --backstop to the address`},
+		{"hung up", "/publish/docker", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, false, `^EOF$`},
+		{"a long line", "/publish/docker", answerWith(500, strings.Repeat("ü", 1000)), false, `^answer 500 Internal Server Error: ü{100}$`},
+		{"secrets repeated", "/publish/docker", answerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), false, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
+	} {
+		auth := "user:other"
+		if test.path != "/publish/docker" {
+			auth = ""
+		}
+		s.set(auth, test.fault)
+		err := mustBackstop(t, s.at("user:password", test.path)).post(t.Context(), []metric{{"web.a", 1, 1795409680}})
+		if err == nil {
+			t.Errorf("%s: taken for success", test.why)
+			continue
+		}
+		var refusal *refusal
+		if !regexp.MustCompile(test.want).MatchString(err.Error()) || errors.As(err, &refusal) && refusal.isFinal() != test.final {
+			t.Errorf("%s: %v", test.why, err)
+		}
+	}
+	for _, status := range []int{200, 201, 204} {
+		s.set("", answerWith(status, ""))
+		if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), nil); err != nil {
+			t.Errorf("%d: %v", status, err)
+		}
+	}
+
+	b := mustBackstop(t, s.at("user:password", "/publish/docker"))
+	b.client.Timeout = 500 * time.Millisecond
+	s.set("", hang)
+	if err := b.post(t.Context(), nil); err == nil || err.Error() != "no answer within 500ms" {
+		t.Errorf("a request that hangs: %v", err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("time is up"))
+	if err := b.post(ctx, nil); err == nil || err.Error() != "time is up" {
+		t.Errorf("after the end: %v", err)
+	}
+	s.Close()
+	if err := b.post(t.Context(), nil); err == nil || !strings.HasSuffix(err.Error(), "connection refused") || strings.Contains(err.Error(), "password") {
+		t.Errorf("nobody there: %v", err)
+	}
+}
+
+func TestBackstopURLs(t *testing.T) {
+	for text, shown := range map[string]string{
+		"https://user:password@backstop.server/publish/docker": "https://backstop.server/publish/docker",
+		"http://[::1]:3000/publish/docker/":                    "http://[::1]:3000/publish/docker",
+		"http://token@h/publish/docker?key=secret#x":           "http://h/publish/docker",
+		"http://h/x%2Fy/": "http://h/x/y",
+	} {
+		b, err := newBackstop(text)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		if b.String() != shown || b.url.User != nil {
+			t.Errorf("%s is shown as %s and asked at %s", text, b, b.url)
+		}
+	}
+	for text, want := range map[string]string{
+		"":                                      "not an http:// or https:// URL; want one such as https://user:password@backstop.server/publish/docker",
+		"backstop.server/publish/docker":        "not an http:// or https:// URL",
+		"ftp://user:secret@h/publish/docker":    "not an http:// or https:// URL",
+		"http:///publish/docker":                "no host in the URL",
+		"https://user:secret@h":                 "no path in the URL; Backstop takes metrics at /publish/PREFIX",
+		"https://user:secret@h/":                "no path in the URL",
+		"https://user:sec%ret@h/publish/docker": "write %40 for @, %2F for /, %25 for %",
+		"https://user:sec/ret@h/publish/docker": "write %40 for @, %2F for /",
+		"https://user:secret@h/publish/\x7f":    "not a URL",
+	} {
+		_, err := newBackstop(text)
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "sec") {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func TestPasswordsThatBackstopDoesNotTake(t *testing.T) {
+	for password, want := range map[string]string{
+		"":                          "is empty",
+		":":                         "is empty",
+		":" + url.PathEscape("a,b"): "has a colon or a comma",
+		":a%3Ab":                    "has a colon or a comma",
+		":good":                     "",
+	} {
+		got := mustBackstop(t, "http://user"+password+"@h/publish/docker").passwordTrouble()
+		if (got == "") != (want == "") || !strings.Contains(got, want) {
+			t.Errorf("user%s: %q", password, got)
+		}
+	}
+	if got := mustBackstop(t, "http://h/publish/docker").passwordTrouble(); got != "" {
+		t.Errorf("without credentials: %q", got)
+	}
+}
