@@ -1,0 +1,445 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+func asLines(metrics []metric) string {
+	var lines []byte
+	for _, m := range metrics {
+		lines = m.appendLine(lines)
+	}
+	return string(lines)
+}
+
+// From an answer of a real engine to the lines that Carbon gets; `go test -run Golden -update`
+// writes the files anew. Answers of containers that do not run have empty ones.
+func TestGoldenMetrics(t *testing.T) {
+	answers, err := filepath.Glob("testdata/engine/*/stats-*.json")
+	if err != nil || len(answers) < 20 {
+		t.Fatalf("recorded answers: %q %v", answers, err)
+	}
+	for _, file := range answers {
+		body, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got string
+		switch stats, err := decodeStats(body); {
+		case err == nil:
+			got = asLines(stats.flatten("c", strings.Contains(file, "windows")))
+		case err != errStopped:
+			t.Errorf("%s: %v", file, err)
+		}
+		golden := strings.TrimSuffix(file, ".json") + ".golden"
+		if *update {
+			if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got != string(want) {
+			t.Errorf("%s makes\n%swant\n%s", file, got, want)
+		}
+	}
+}
+
+func TestAbsentIsNotZero(t *testing.T) {
+	const at = `"read":"2026-11-23T04:54:40.9Z",`
+	for _, test := range []struct{ why, answer, want string }{
+		{"nothing", `{` + at + `"x":1}`, ""},
+		{"nulls", `{` + at + `"networks":null,"memory_stats":{"usage":null,"stats":null},"cpu_stats":null}`, ""},
+		{"no interfaces", `{` + at + `"networks":{}}`, ""},
+		{"a zero that was sent", `{` + at + `"memory_stats":{"usage":0}}`, "c.memory.usage 0 1795409680\n"},
+		{"all digits", `{` + at + `"memory_stats":{"limit":18446744073709551615}}`, "c.memory.limit 18446744073709551615 1795409680\n"},
+		{"cgroup v1: the children count", `{` + at + `"memory_stats":{"usage":10,"stats":{"total_cache":4,"cache":1,"file":2}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.cache 4 1795409680\nc.memory.active 6 1795409680\n"},
+		{"cgroup v1 of old", `{` + at + `"memory_stats":{"usage":10,"stats":{"cache":1}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.cache 1 1795409680\nc.memory.active 9 1795409680\n"},
+		{"more cache than usage", `{` + at + `"memory_stats":{"usage":10,"stats":{"file":11}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.cache 11 1795409680\nc.memory.active 0 1795409680\n"},
+		{"cache without usage", `{` + at + `"memory_stats":{"stats":{"file":11}}}`, "c.memory.cache 11 1795409680\n"},
+		{"before API 1.21", `{` + at + `"network":{"rx_bytes":1,"tx_errors":0}}`,
+			"c.network.rx_bytes 1 1795409680\nc.network.tx_errors 0 1795409680\n"},
+		{"sums over interfaces", `{` + at + `"networks":{"eth0":{"rx_bytes":1,"tx_bytes":5},"eth1":{"rx_bytes":2}}}`,
+			"c.network.rx_bytes 3 1795409680\nc.network.tx_bytes 5 1795409680\n"},
+	} {
+		stats, err := decodeStats([]byte(test.answer))
+		if err != nil {
+			t.Errorf("%s: %v", test.why, err)
+			continue
+		}
+		if got := asLines(stats.flatten("c", false)); got != test.want {
+			t.Errorf("%s: got\n%swant\n%s", test.why, got, test.want)
+		}
+	}
+
+	// Windows counts CPU time in 100 ns, and its system_cpu_usage not at all.
+	stats, err := decodeStats([]byte(`{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":3,"usage_in_kernelmode":2}}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := asLines(stats.flatten("c", true)), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
+		t.Errorf("Windows: got\n%swant\n%s", got, want)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	c, log := r.collector(t, 10*time.Second)
+	c.rule = rule{regexp.MustCompile(`^fx-`), "shop."}
+	before := time.Now().Unix()
+	result := c.sweep(t.Context())
+	after := time.Now().Unix()
+	if result.err != nil || result.running != 6 || result.failed != 0 {
+		t.Errorf("%d running, %d failed, %v", result.running, result.failed, result.err)
+	}
+
+	lines := asLines(result.metrics)
+	golden := r.read(t, "stats-one-shot-busy.golden")
+	if want := strings.ReplaceAll(string(golden), "c.", "shop.busy."); !strings.Contains(lines, want) {
+		t.Errorf("got\n%swhich lacks\n%s", lines, want)
+	}
+	for _, want := range []string{
+		`(?m)^shop\.two\.uptime \d+ (\d+)$`,
+		`(?m)^vmtest\.containers\.total 6 (\d+)$`,
+		`(?m)^vmtest\.metrics\.duration [1-9]\d{5,9} (\d+)$`, // 1 ms to 10 s
+	} {
+		found := regexp.MustCompile(want).FindStringSubmatch(lines)
+		if found == nil {
+			t.Errorf("got\n%swhich lacks %s", lines, want)
+			continue
+		}
+		if at := found[1]; at < fmt.Sprint(before) || at > fmt.Sprint(after) {
+			t.Errorf("%s is not the time of a sweep from %d to %d", found[0], before, after)
+		}
+	}
+
+	// fx-web, which is in the list, was removed meanwhile, as far as the stats know.
+	want := `level=INFO msg="Docker engine answers" engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true host=vmtest running=6
+level=INFO msg="container is gone" container=fx-web reason="No such container: `
+	if got := log.take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 {
+		t.Errorf("logged\n%swant\n%s", got, want)
+	}
+	c.sweep(t.Context())
+	if got := log.take(); got != "" {
+		t.Errorf("a second time, it logged\n%s", got)
+	}
+}
+
+func TestHostName(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	c, log := r.collector(t, 10*time.Second)
+	c.host = "web1.example.com"
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
+		t.Errorf("--host made\n%s", lines)
+	}
+	if asked := r.questions(); slices.Contains(asked, "/info") {
+		t.Errorf("with --host, there is nothing to ask of /info, but: %s", asked)
+	}
+
+	// A proxy before the engine that forbids /info costs a warning, no more.
+	own, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.on("/info", answerWith(http.StatusForbidden, "no"))
+	c, log = r.collector(t, 10*time.Second)
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") {
+		t.Errorf("without /info it is\n%s", lines)
+	}
+	if got := log.take(); !strings.Contains(got, "level=WARN") || !strings.Contains(got, "--host sets it") {
+		t.Errorf("logged %s", got)
+	}
+}
+
+// One bad container costs the others nothing, and one line.
+func TestOneBadContainerIsOnItsOwn(t *testing.T) {
+	for why, test := range map[string]struct {
+		answer http.HandlerFunc
+		log    string
+		failed int
+	}{
+		"hangs":           {hang, `level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
+		"is not JSON":     {answerWith(200, `<html>`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '<' looking for beginning of value"`, 1},
+		"is cut":          {answerWith(200, `{"read":"2026-11-23T`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: unexpected end of JSON input"`, 1},
+		"has a wrong one": {answerWith(200, `{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number -1 for memory_stats.usage"`, 1},
+		"is an array":     {answerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
+		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
+		"fails":           {answerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
+		"stopped":         {answerWith(200, `{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"stopped, Podman": {answerWith(200, ``), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"was removed":     {answerWith(404, `{}`), `level=INFO msg="container is gone" container=fx-two reason="No such container: dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
+	} {
+		t.Run(why, func(t *testing.T) {
+			t.Parallel()
+			r := newReplay(t, "cgroup2")
+			r.on("/containers/fx-web/stats", r.serve("stats-one-shot-idle.json"))
+			r.on("/containers/fx-web/json", r.serve("inspect-idle.json"))
+			c, log := r.collector(t, 2*time.Second)
+			well := c.sweep(t.Context())
+			log.take()
+
+			r.on("/containers/fx-two/stats", test.answer)
+			for range 2 {
+				result := c.sweep(t.Context())
+				if result.err != nil || result.failed != test.failed || result.running != 6 {
+					t.Errorf("%d of %d failed, %v", result.failed, result.running, result.err)
+				}
+				if missing := len(well.metrics) - len(result.metrics); missing != 17 {
+					t.Errorf("%d metrics are missing, want the 17 of one container", missing)
+				}
+				if lines := asLines(result.metrics); strings.Contains(lines, "fx-two") {
+					t.Errorf("it still has metrics:\n%s", lines)
+				}
+			}
+			if got := strings.TrimSpace(log.take()); got != test.log {
+				t.Errorf("two bad sweeps logged\n%s\nwant\n%s", got, test.log)
+			}
+
+			r.on("/containers/fx-two/stats", nil)
+			if result := c.sweep(t.Context()); len(result.metrics) != len(well.metrics) {
+				t.Errorf("well again, it has %d metrics, want %d", len(result.metrics), len(well.metrics))
+			}
+			got := log.take()
+			if test.failed > 0 && got != "level=INFO msg=\"container can be read again\" container=fx-two\n" || test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
+				t.Errorf("well again, it logged %s", got)
+			}
+		})
+	}
+}
+
+// Engines with one-shot answer 500 for a container that has just stopped.
+func TestStoppedIsNotAFailure(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	r.on("/containers/fx-two/stats", answerWith(500, `{"message":"cgroups: cgroup deleted"}`))
+	r.on("/containers/fx-two/json", r.serve("inspect-exited.json"))
+	c, log := r.collector(t, 10*time.Second)
+	if result := c.sweep(t.Context()); result.failed != 0 {
+		t.Errorf("%d failed", result.failed)
+	}
+	if got := log.take(); strings.Contains(got, "ERROR") || !strings.Contains(got, `container=fx-two reason="it stopped`) {
+		t.Errorf("logged %s", got)
+	}
+}
+
+func TestEngineThatComesAndGoes(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	c, log := r.collector(t, 10*time.Second)
+	hangUp := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+	down := func() {
+		for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/fx-two/stats", "/containers/fx-idle/stats"} {
+			r.on(path, hangUp)
+		}
+	}
+	up := func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		clear(r.override)
+	}
+	expect := func(when string, ok bool, lines ...string) {
+		t.Helper()
+		if result := c.sweep(t.Context()); (result.err == nil) != ok {
+			t.Errorf("%s: error %v", when, result.err)
+		}
+		got := log.take()
+		if strings.Count(got, "\n") != len(lines) {
+			t.Errorf("%s: logged\n%s", when, got)
+		}
+		for _, line := range lines {
+			if !strings.Contains(got, line) {
+				t.Errorf("%s: logged\n%swant %s", when, got, line)
+			}
+		}
+	}
+	const fails, answers = `level=ERROR msg="Docker engine does not answer; it is asked again at every poll" error=EOF`, `level=INFO msg="Docker engine answers"`
+	down()
+	expect("down at the start", false, fails)
+	expect("still down", false)
+	up()
+	r.is("1.40")
+	expect("up", true, answers+` engine="Docker/20.10.24 (linux)" api=1.40 one_shot=false`, "container is gone") // fx-web, see replay
+	expect("still up", true)
+	down()
+	expect("down again", false, fails)
+	up()
+	r.is("1.41") // it was upgraded
+	expect("up again", true, answers+` engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true`)
+
+	// Down in the middle of a sweep: that is the engine's trouble, no container's. What was read counts.
+	down()
+	r.on("/containers/json", nil)
+	if result := c.sweep(t.Context()); result.err == nil || !strings.Contains(asLines(result.metrics), "fx-busy.cpu.total") {
+		t.Errorf("down in the middle: %v", result.err)
+	}
+	if got := log.take(); got != fails+"\n" {
+		t.Errorf("down in the middle: logged\n%s", got)
+	}
+	up()
+	expect("up once more", true, answers)
+}
+
+// serve answers with a recorded file.
+func (r *replay) serve(file string) http.HandlerFunc {
+	return func(w http.ResponseWriter, req *http.Request) { http.ServeFile(w, req, filepath.Join(r.dir, file)) }
+}
+
+func TestEndingIsNobodysFault(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	c, log := r.collector(t, 10*time.Second)
+	ctx, cancel := context.WithCancel(t.Context())
+	r.on("/containers/fx-two/stats", func(_ http.ResponseWriter, req *http.Request) {
+		cancel()
+		<-req.Context().Done()
+	})
+	if result := c.sweep(ctx); result.failed != 0 || result.err != context.Canceled {
+		t.Errorf("%d failed, %v", result.failed, result.err)
+	}
+	if got := log.take(); strings.Contains(got, "ERROR") {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// All are asked at once: engines that answer at their next tick would take a tick for each
+// group that is asked together.
+func TestAllAreAskedSideBySide(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	var together sync.WaitGroup
+	names := []string{"idle", "busy", "host", "two", "paused"}
+	together.Add(len(names))
+	for _, name := range names {
+		serve := r.serve("stats-one-shot-" + name + ".json")
+		r.on("/containers/fx-"+name+"/stats", func(w http.ResponseWriter, req *http.Request) {
+			together.Done()
+			together.Wait() // none is answered before all have been asked
+			serve(w, req)
+		})
+	}
+	c, _ := r.collector(t, 10*time.Second)
+	if result := c.sweep(t.Context()); result.failed != 0 {
+		t.Errorf("%d failed", result.failed)
+	}
+}
+
+func TestUpAtLeast(t *testing.T) {
+	for status, want := range map[string]time.Duration{
+		"Up Less than a second":        0,
+		"Up 1 second":                  time.Second,
+		"Up 59 seconds (Paused)":       59 * time.Second,
+		"Up About a minute":            time.Minute,
+		"Up 2 minutes (unhealthy)":     2 * time.Minute,
+		"Up About an hour (healthy)":   time.Hour,
+		"Up 2 hours":                   time.Hour,
+		"Up 3 days (health: starting)": 71 * time.Hour,
+		"Up 2 weeks":                   14*24*time.Hour - time.Hour,
+		"Up 5 months":                  150*24*time.Hour - time.Hour,
+		"Up 3 years":                   3*365*24*time.Hour - time.Hour,
+		"Exited (0) 40 seconds ago":    0,
+		"Restarting (1) 5 seconds ago": 0,
+		"Up 2 blue moons":              0,
+		"Up -1 hours":                  0,
+		"Up 99999999999999 years":      0,
+		"":                             0,
+	} {
+		if got := upAtLeast(status); got != want {
+			t.Errorf("%q: up for at least %s, want %s", status, got, want)
+		}
+	}
+}
+
+// Inspect is asked of containers that may have been started since the last time, and only of
+// those; the uptime is right all the same.
+func TestInspectOnlyAfterAStart(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	c, _ := r.collector(t, 10*time.Second)
+	start := time.Now()
+	status := "Up Less than a second"
+	inspected := func(at time.Time) bool {
+		t.Helper()
+		known := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, at)[0]
+		if known.restarted {
+			known.startedAt = at
+		}
+		known.checkedAt = at
+		return known.restarted
+	}
+	for _, test := range []struct {
+		after  time.Duration
+		status string
+		want   bool
+	}{
+		{0, "Up Less than a second", true}, // new
+		{time.Minute, "Up About a minute", true},
+		{2 * time.Minute, "Up 2 minutes", false},
+		{3 * time.Minute, "Up 20 seconds", true}, // restarted
+		{4 * time.Minute, "Up About a minute", true},
+		{5 * time.Minute, "Up 2 minutes (healthy)", false},
+		{25 * time.Hour, "Up 25 hours", true}, // nobody asked for a day
+		{25*time.Hour + time.Minute, "Up 25 hours", false},
+		{26 * time.Hour, "Up Less than a second", true},
+		{27 * time.Hour, "whatever", true},
+	} {
+		status = test.status
+		if got := inspected(start.Add(test.after)); got != test.want {
+			t.Errorf("%s after %s: inspected %t", status, test.after, got)
+		}
+	}
+
+	// And in a whole sweep: the recorded containers are up for 40 s.
+	r.questions()
+	c.sweep(t.Context())
+	if asked := strings.Join(r.questions(), " "); strings.Count(asked, "/json ") != 1+5 {
+		t.Errorf("the first sweep asked %s", asked) // the list and an inspect each
+	}
+	lines := asLines(c.sweep(t.Context()).metrics)
+	if asked := strings.Join(r.questions(), " "); strings.Count(asked, "/json") != 1 {
+		t.Errorf("the second sweep asked %s", asked)
+	}
+	if strings.Count(lines, ".uptime ") != 5 {
+		t.Errorf("the second sweep made\n%s", lines)
+	}
+	if len(c.containers) != 6 {
+		t.Errorf("%d containers are remembered", len(c.containers))
+	}
+}
+
+func TestContainerName(t *testing.T) {
+	for _, test := range []struct {
+		names []string
+		want  string
+	}{
+		{[]string{"/web"}, "web"},
+		{[]string{"web"}, "web"}, // Podman's stats have them so
+		{[]string{"/shop/db", "/postgres"}, "postgres"},
+		{nil, ""},
+		{[]string{""}, ""},
+	} {
+		if got := containerName(test.names); got != test.want {
+			t.Errorf("%q: %q, want %q", test.names, got, test.want)
+		}
+	}
+	// Entries without one, or there twice, are left out: they could not be told apart.
+	c := &collector{log: (&logged{}).logger()}
+	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
+	if got := c.remember(list, time.Now()); len(got) != 1 || got[0].name != "a" {
+		t.Errorf("remembered %v", got)
+	}
+}

@@ -1,0 +1,359 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+// defaultDocker is the engine's usual address on this system.
+var defaultDocker = map[bool]string{
+	true:  "npipe:////./pipe/docker_engine",
+	false: "unix:///var/run/docker.sock",
+}[runtime.GOOS == "windows"]
+
+const (
+	// maxAnswer bounds what is read of any answer, in bytes. A list of 5,000
+	// containers has 8 MB.
+	maxAnswer = 64 << 20
+	// maxStats bounds a stats answer, in bytes. One of two networks has 2 KB, one
+	// of a thousand block devices on cgroup v1 1 MB.
+	maxStats = 4 << 20
+)
+
+// engine is a Docker engine, or something else that speaks its API. It is only ever
+// asked with GET.
+type engine struct {
+	client  *docker.Client
+	shown   string // its address, without credentials
+	base    string // what the paths of the API are appended to
+	timeout time.Duration
+	api     string // the highest API version of the engine, such as "1.41"; unknown: ""
+	oneShot bool   // whether stats can be had with one-shot
+}
+
+// newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port,
+// http://, https://, and npipe:// on Windows. tcp:// means TLS where certificates are
+// set up, as tlsFromEnv tells. Each call to the engine may take as long as timeout.
+// Nothing is asked of it yet.
+func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
+	u, err := url.Parse(endpoint)
+	if err != nil {
+		// The error of url.Parse repeats its input, which may hold a password.
+		return nil, errors.New("not a URL; want one such as unix:///var/run/docker.sock or tcp://host:2375")
+	}
+	var tlsConfig *tls.Config
+	switch u.Scheme {
+	case "unix":
+		if u.Host != "" || u.Path == "" {
+			return nil, errors.New("a unix socket needs an absolute path, with three slashes: unix:///var/run/docker.sock")
+		}
+	case "npipe":
+		if runtime.GOOS != "windows" {
+			return nil, errors.New("named pipes are there on Windows only; elsewhere it is unix:///var/run/docker.sock")
+		}
+	case "tcp", "http", "https":
+		if u.Hostname() == "" {
+			return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
+		}
+		if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
+			return nil, err
+		}
+		// As the docker CLI reads them: tcp is plain HTTP on port 2375, or TLS on 2376.
+		port := "2375"
+		if tlsConfig != nil {
+			port = "2376"
+		}
+		if u.Scheme == "tcp" && u.Port() == "" {
+			u.Host = net.JoinHostPort(u.Hostname(), port)
+		}
+		u.Scheme = "http"
+		if tlsConfig != nil {
+			u.Scheme = "https"
+		}
+	case "":
+		return nil, errors.New("no scheme in it; want one such as unix:///var/run/docker.sock or tcp://host:2375")
+	default:
+		return nil, fmt.Errorf("cannot speak %s://; want unix://, tcp://, http:// or https://", u.Scheme)
+	}
+	endpoint = strings.TrimRight(u.String(), "/")
+	client, err := docker.NewClient(endpoint)
+	if err != nil {
+		return nil, fmt.Errorf("%s: want a URL such as unix:///var/run/docker.sock or tcp://host:2375", err)
+	}
+	client.Dialer = &net.Dialer{Timeout: timeout}
+	newTransport := func() *http.Transport {
+		return &http.Transport{
+			Proxy:           http.ProxyFromEnvironment,
+			DialContext:     (&net.Dialer{Timeout: timeout}).DialContext,
+			TLSClientConfig: tlsConfig,
+			// Enough to spare most of a sweep's connections; the engine holds a
+			// goroutine for each that is kept.
+			MaxIdleConnsPerHost: 16,
+			IdleConnTimeout:     90 * time.Second,
+		}
+	}
+	e := &engine{client: client, shown: withoutUser(u), base: endpoint, timeout: timeout}
+	switch u.Scheme {
+	case "http", "https":
+		// WithTransport has no effect on these. And the library's own TLS does not
+		// verify the engine where there is no ca.pem.
+		client.HTTPClient.Transport = newTransport()
+	default:
+		client.WithTransport(newTransport)
+		e.base = "http://engine" // the socket is dialed whatever the host
+	}
+	client.HTTPClient.Transport = bounded{client.HTTPClient.Transport}
+	return e, nil
+}
+
+// String is the engine's address as it may be shown.
+func (e *engine) String() string { return e.shown }
+
+// withoutUser is u without what may be secret in it.
+func withoutUser(u *url.URL) string {
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+}
+
+// tlsFromEnv reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker CLI does: a
+// DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem
+// from DOCKER_CERT_PATH, by default ~/.docker. It returns nil where TLS is not asked
+// for. The engine's certificate is always verified: against ca.pem, and against the
+// roots of the system. always asks for TLS whatever the environment says; the files are
+// then used where DOCKER_CERT_PATH names a folder.
+// https://docs.docker.com/engine/security/protect-access/
+func tlsFromEnv(always bool) (*tls.Config, error) {
+	verify := os.Getenv("DOCKER_TLS_VERIFY") != ""
+	if !verify && !always {
+		return nil, nil
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	dir := os.Getenv("DOCKER_CERT_PATH")
+	if dir == "" && !verify {
+		return config, nil
+	}
+	if dir == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, errors.New("DOCKER_TLS_VERIFY is set but neither DOCKER_CERT_PATH nor a home directory; set DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem")
+		}
+		dir = filepath.Join(home, ".docker")
+	}
+	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
+	if err != nil {
+		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem", err)
+	}
+	if config.RootCAs, err = x509.SystemCertPool(); err != nil {
+		config.RootCAs = x509.NewCertPool()
+	}
+	if !config.RootCAs.AppendCertsFromPEM(ca) {
+		return nil, fmt.Errorf("%s holds no certificate in PEM form", filepath.Join(dir, "ca.pem"))
+	}
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"))
+	switch {
+	case err == nil:
+		config.Certificates = []tls.Certificate{cert}
+	case !errors.Is(err, fs.ErrNotExist): // an engine may want none of its clients
+		return nil, fmt.Errorf("the client's certificate, cert.pem and key.pem in %s: %w", dir, err)
+	}
+	return config, nil
+}
+
+// bounded is a transport whose answers end after maxAnswer bytes, so that no engine can
+// fill the memory.
+type bounded struct{ http.RoundTripper }
+
+func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := b.RoundTripper.RoundTrip(r)
+	if err == nil {
+		resp.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(resp.Body, maxAnswer), resp.Body}
+	}
+	return resp, err
+}
+
+// hello asks the engine for its API version, on which depends how stats are asked for,
+// and returns how the engine calls itself, such as "Docker/20.10.24 (linux)".
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/System/operation/SystemPing
+func (e *engine) hello(ctx context.Context) (server string, err error) {
+	resp, err := e.get(ctx, "/_ping", 1<<10)
+	if err != nil {
+		return "", err
+	}
+	// Engines too old to tell are too old for one-shot.
+	e.api, e.oneShot = resp.header.Get("Api-Version"), false
+	if api, err := docker.NewAPIVersion(e.api); err == nil {
+		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
+	}
+	return resp.header.Get("Server"), nil
+}
+
+// name returns the engine's own name, which is that of its host.
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/System/operation/SystemInfo
+func (e *engine) name(ctx context.Context) (string, error) {
+	resp, err := e.get(ctx, "/info", maxStats)
+	if err != nil {
+		return "", err
+	}
+	var info struct{ Name string }
+	if err := json.Unmarshal(resp.body, &info); err != nil {
+		return "", rubbish{fmt.Errorf("/info: %w", err)}
+	}
+	return info.Name, nil
+}
+
+// list returns the running containers, the paused ones among them.
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerList
+func (e *engine) list(ctx context.Context) ([]docker.APIContainers, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
+	defer cancel()
+	list, err := e.client.ListContainers(docker.ListContainersOptions{Context: ctx})
+	return list, plainly(ctx, err)
+}
+
+// inspect returns what the engine knows of a container beside its stats.
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerInspect
+func (e *engine) inspect(ctx context.Context, id string) (*docker.Container, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
+	defer cancel()
+	container, err := e.client.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id, Context: ctx})
+	return container, plainly(ctx, err)
+}
+
+// stats returns a container's stats answer as it came, and whether it is one of a
+// Windows container. It is asked for with one-shot where the engine can: without it the
+// engine takes two samples, a second apart, for a percentage that nobody here reads.
+// go-dockerclient's own Stats has no one-shot, its HTTP client does as it is told.
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
+func (e *engine) stats(ctx context.Context, id string) (body []byte, windows bool, err error) {
+	query := "stream=false"
+	if e.oneShot {
+		query += "&one-shot=true"
+	}
+	resp, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, maxStats)
+	var status *docker.Error
+	if errors.As(err, &status) && status.Status == http.StatusNotFound {
+		return nil, false, &docker.NoSuchContainer{ID: id}
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	return resp.body, resp.header.Get("Ostype") == "windows", nil
+}
+
+type answer struct {
+	header http.Header
+	body   []byte
+}
+
+// get asks for a path of the API that go-dockerclient has no fitting call for. Its
+// errors: *docker.Error for a status other than 2xx, noAnswer, rubbish, or that of the
+// connection.
+func (e *engine) get(ctx context.Context, path string, limit int64) (*answer, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.base+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := e.client.HTTPClient.Do(req)
+	if err != nil {
+		return nil, plainly(ctx, err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	if resp.StatusCode/100 != 2 {
+		var message struct{ Message string }
+		if json.Unmarshal(body, &message) != nil {
+			message.Message = string(body)
+		}
+		return nil, &docker.Error{Status: resp.StatusCode, Message: firstLine(message.Message)}
+	}
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, plainly(ctx, err)
+		}
+		return nil, rubbish{fmt.Errorf("the answer broke off: %w", err)}
+	}
+	if int64(len(body)) > limit {
+		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
+	}
+	return &answer{resp.Header, body}, nil
+}
+
+// noAnswer is the error of a call that took as long as it says.
+type noAnswer time.Duration
+
+func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
+
+// rubbish is the error of an answer that makes no sense.
+type rubbish struct{ error }
+
+func (r rubbish) Unwrap() error { return r.error }
+
+// plainly returns the reason for which ctx ended, where it did, and else err without the
+// URL that net/http puts before it, which for a socket is none that a reader knows.
+func plainly(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var inURL *url.Error
+	if errors.As(err, &inURL) {
+		return inURL.Err
+	}
+	return err
+}
+
+// engineHint returns what to do about an engine that cannot be reached, behind a "; ",
+// or nothing.
+func engineHint(err error) string {
+	var status *docker.Error
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return "; add this user to the group that owns the socket: usermod -aG docker USER"
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), strings.Contains(err.Error(), "refused"):
+		return "; is Docker running, and is --docker its address?"
+	case strings.Contains(err.Error(), "HTTP response to HTTPS client"):
+		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"
+	case strings.Contains(err.Error(), "malformed HTTP response"), errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
+		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
+	}
+	return ""
+}
+
+// firstLine returns the first line of text that says anything, at most 200 bytes of it, without
+// control characters.
+func firstLine(text string) string {
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); line != "" {
+			line = strings.Map(func(r rune) rune {
+				if r < ' ' || r == 0x7f {
+					return -1
+				}
+				return r
+			}, line)
+			return strings.ToValidUTF8(line[:min(len(line), 200)], "")
+		}
+	}
+	return ""
+}

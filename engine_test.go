@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+// noDockerEnv makes the environment one in which nobody has set up the docker command.
+func noDockerEnv(t *testing.T) {
+	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"} {
+		t.Setenv(name, "")
+	}
+}
+
+func TestEngineAddresses(t *testing.T) {
+	noDockerEnv(t)
+	for _, test := range []struct{ endpoint, base, shown string }{
+		{"unix:///var/run/docker.sock", "http://engine", "unix:///var/run/docker.sock"},
+		{"tcp://docker", "http://docker:2375", "http://docker:2375"},
+		{"tcp://docker:1234", "http://docker:1234", "http://docker:1234"},
+		{"tcp://[::1]", "http://[::1]:2375", "http://[::1]:2375"},
+		{"http://docker:2375/", "http://docker:2375", "http://docker:2375/"},
+		{"http://proxy/docker", "http://proxy/docker", "http://proxy/docker"},
+		{"https://user:secret@docker", "https://user:secret@docker", "https://docker"},
+	} {
+		e, err := newEngine(test.endpoint, time.Second)
+		if err != nil {
+			t.Errorf("%s: %v", test.endpoint, err)
+			continue
+		}
+		if e.base != test.base || e.String() != test.shown {
+			t.Errorf("%s became %s, shown as %s", test.endpoint, e.base, e)
+		}
+	}
+
+	for _, test := range []struct{ endpoint, want string }{
+		{"docker.sock", "no scheme in it; want one such as unix:///var/run/docker.sock or tcp://host:2375"},
+		{"docker:2375", `cannot speak docker://; want unix://, tcp://, http:// or https://`},
+		{"unix://docker.sock", "a unix socket needs an absolute path, with three slashes"},
+		{"unix://", "a unix socket needs an absolute path"},
+		{"tcp://:2375", "no host in it; the form is tcp://host:port"},
+		{"tcp://docker:0", "want a URL such as"},
+		{"ssh://me@docker", "cannot speak ssh://; want unix://, tcp://"},
+		{"http://u:secret@%zz", "not a URL; want one such as"},
+	} {
+		_, err := newEngine(test.endpoint, time.Second)
+		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: error %v, want %q", test.endpoint, err, test.want)
+		}
+	}
+	if _, err := newEngine("npipe:////./pipe/docker_engine", time.Second); (err == nil) != (runtime.GOOS == "windows") {
+		t.Errorf("npipe: %v", err)
+	}
+}
+
+// The engine with TLS, and a folder with its certificate as the authority.
+func tlsEngine(t *testing.T) (address, certs string) {
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Api-Version", "1.41")
+	}))
+	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError) // it is asked the wrong way on purpose
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	certs = t.TempDir()
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	if err := os.WriteFile(filepath.Join(certs, "ca.pem"), ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return server.Listener.Addr().String(), certs
+}
+
+func TestTLSAsTheDockerCommandHasIt(t *testing.T) {
+	noDockerEnv(t)
+	address, certs := tlsEngine(t)
+	hello := func(endpoint string) error {
+		t.Helper()
+		e, err := newEngine(endpoint, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = e.hello(t.Context())
+		return err
+	}
+
+	// Not asked for: the engine's answer to plain HTTP, with a hint.
+	if err := hello("tcp://" + address); err == nil || !strings.Contains(engineHint(err), "DOCKER_TLS_VERIFY=1") {
+		t.Errorf("tcp:// without TLS: %v", err)
+	}
+	// A certificate of an unknown authority is never accepted.
+	var unknown *tls.CertificateVerificationError
+	if err := hello("https://" + address); !errors.As(err, &unknown) {
+		t.Errorf("https:// to an engine nobody vouches for: %v", err)
+	}
+	t.Setenv("DOCKER_CERT_PATH", certs)
+	if err := hello("https://" + address); err != nil {
+		t.Errorf("https:// with its ca.pem: %v", err)
+	}
+	t.Setenv("DOCKER_TLS_VERIFY", "1")
+	if err := hello("tcp://" + address); err != nil {
+		t.Errorf("tcp:// with DOCKER_TLS_VERIFY: %v", err)
+	}
+	// Nor one of another name: the certificate is for 127.0.0.1, ::1 and example.com.
+	_, port, _ := net.SplitHostPort(address)
+	var name x509.HostnameError
+	if err := hello("tcp://localhost:" + port); !errors.As(err, &name) {
+		t.Errorf("tcp:// to another name: %v", err)
+	}
+	if e, err := newEngine("tcp://docker", time.Second); err != nil || e.base != "https://docker:2376" {
+		t.Errorf("the default port with TLS: %v %v", e, err)
+	}
+	// On a socket there is nothing to encrypt.
+	if e, err := newEngine("unix:///var/run/docker.sock", time.Second); err != nil || e.base != "http://engine" {
+		t.Errorf("a socket with DOCKER_TLS_VERIFY: %v %v", e, err)
+	}
+
+	refused := func(why, want string) {
+		t.Helper()
+		if _, err := newEngine("tcp://"+address, time.Second); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", why, err)
+		}
+	}
+	write := func(file, text string) {
+		if err := os.WriteFile(filepath.Join(certs, file), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("cert.pem", "no certificate")
+	write("key.pem", "no key")
+	refused("a bad client certificate", "the client's certificate, cert.pem and key.pem in "+certs)
+	write("ca.pem", "no authority")
+	refused("a bad authority", "ca.pem holds no certificate in PEM form")
+	t.Setenv("DOCKER_CERT_PATH", t.TempDir())
+	refused("no authority", "DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem")
+	t.Setenv("DOCKER_CERT_PATH", "")
+	t.Setenv("HOME", t.TempDir())
+	refused("no authority at home", filepath.Join(".docker", "ca.pem"))
+}
+
+func TestOneShotWhereTheEngineHasIt(t *testing.T) {
+	for _, test := range []struct {
+		api, query string
+	}{
+		{"1.40", "stream=false"},
+		{"1.41", "stream=false&one-shot=true"},
+		{"1.100", "stream=false&one-shot=true"},
+		{"2.0", "stream=false&one-shot=true"},
+		{"", "stream=false"},
+		{"new", "stream=false"},
+	} {
+		r := newReplay(t, "cgroup2")
+		r.is(test.api)
+		c, _ := r.collector(t, 10*time.Second)
+		c.sweep(t.Context())
+		asked := strings.Join(r.questions(), "\n")
+		if !strings.Contains(asked, "/containers/fx-idle/stats?"+test.query+"\n") {
+			t.Errorf("API %q: asked %s", test.api, asked)
+		}
+	}
+}
+
+func TestEngineErrorsAreOfTheirKind(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	e, err := newEngine(r.URL, 500*time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const id = "c27b38814f84cb68598dae990b9f83b4c4f4c2f110771c2027cb27debd783fe4" // fx-idle
+	for _, test := range []struct {
+		why     string
+		answer  http.HandlerFunc
+		want    string
+		connect bool
+	}{
+		{"hangs", hang, `^no answer within 500ms$`, false},
+		{"hangs half-way", func(w http.ResponseWriter, r *http.Request) {
+			w.Write([]byte(`{"read":`))
+			w.(http.Flusher).Flush()
+			hang(w, r)
+		}, `^no answer within 500ms$`, false},
+		{"breaks off", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", "1000")
+			w.Write([]byte(`{"read":`))
+		}, `^the answer broke off: unexpected EOF$`, false},
+		{"never ends", func(w http.ResponseWriter, _ *http.Request) {
+			for {
+				if _, err := w.Write([]byte(strings.Repeat(" ", 1<<20))); err != nil {
+					return
+				}
+			}
+		}, `^the answer has over 4194304 bytes$`, false},
+		{"is removed", answerWith(404, `{"message":"No such container: x"}`), `^No such container: ` + id, false},
+		{"fails", answerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`, false},
+		{"fails without JSON", answerWith(502, "\n\n<html>\x1b[31m\n"), `^API error \(502\): <html>\[31m$`, false},
+		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `EOF`, true},
+	} {
+		r.on("/containers/fx-idle/stats", test.answer)
+		_, _, err := e.stats(t.Context(), id)
+		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) || isConnectionError(err) != test.connect {
+			t.Errorf("a container that %s: %v", test.why, err)
+		}
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := e.list(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("after the end: %v", err)
+	}
+	r.on("/containers/json", hang)
+	if _, err := e.list(t.Context()); err == nil || err.Error() != "no answer within 500ms" {
+		t.Errorf("a list that hangs: %v", err)
+	}
+	r.on("/containers/json", func(w http.ResponseWriter, r *http.Request) {
+		w.Write([]byte(`["`))
+		for {
+			if _, err := w.Write([]byte(strings.Repeat("x", 1<<20))); err != nil {
+				return
+			}
+		}
+	})
+	resp, err := e.client.HTTPClient.Get(r.URL + "/containers/json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if n, err := io.Copy(io.Discard, resp.Body); n != maxAnswer || err != nil {
+		t.Errorf("of a list that never ends, %d bytes were read, %v", n, err)
+	}
+}
+
+func TestEngineHints(t *testing.T) {
+	e, err := newEngine("unix://"+filepath.Join(t.TempDir(), "docker.sock"), time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = e.hello(t.Context())
+	if err == nil || !strings.HasPrefix(err.Error(), "dial unix /") || engineHint(err) != "; is Docker running, and is --docker its address?" {
+		t.Errorf("no socket: %v %s", err, engineHint(err))
+	}
+	if hint := engineHint(os.ErrPermission); !strings.Contains(hint, "usermod -aG docker") {
+		t.Errorf("no permission: %s", hint)
+	}
+	if hint := engineHint(docker.ErrConnectionRefused); !strings.Contains(hint, "is Docker running") {
+		t.Errorf("refused: %s", hint)
+	}
+	if hint := engineHint(errors.New("else")); hint != "" {
+		t.Errorf("anything else: %s", hint)
+	}
+}
