@@ -1,0 +1,287 @@
+// Command docker-stats-to-backstop feeds Graphite with the stats of a host's Docker
+// containers, through Backstop.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/journal"
+	"github.com/peterbourgon/ff/v3"
+)
+
+const program = "docker-stats-to-backstop"
+
+const usage = `Feeds Graphite with the stats of this host's Docker containers, through Backstop.
+
+See what would be sent:
+
+    docker-stats-to-backstop --once
+
+Send it every minute:
+
+    docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker
+
+The same, with the metrics of my.container.name.x under my.name:
+
+    docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker \
+      --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}' --poll=60s
+
+Options; each can also be set by the environment variable beside it. The option wins
+over the variable, and an empty variable counts as unset.
+
+  --backstop=URL    SRV_BACKSTOP   where to send to: an http or https URL, with user:password@
+                                   for Basic authentication; - prints the metrics as Carbon
+                                   plaintext lines instead (default: -)
+  --docker=URL      SRV_DOCKER     the Docker engine: unix:///path, tcp://host:port, http:// or
+                                   https://, on Windows npipe:// too; DOCKER_TLS_VERIFY and
+                                   DOCKER_CERT_PATH are read as the docker command reads them
+                                   (default: $DOCKER_HOST, or else %s)
+  --prefix=JSON     SRV_PREFIX     how a container's name becomes the prefix of its metrics:
+                                   {"regexp":"…","into":"…"} replaces each match of the Go
+                                   regular expression by "into", where $1 is its first group
+                                   (default: the name as it is)
+  --poll=DURATION   SRV_POLL       how often, such as 10s, 1m or 1m30s (default: 60s)
+  --host=NAME       SRV_HOST       the prefix of this host's own metrics
+                                   (default: the engine's name for its host)
+  --once            SRV_ONCE       poll once, deliver, and exit: 0, or 1 if anything failed
+  --verbose         SRV_VERBOSE    log every poll and delivery as well
+  --version                        print the version and exit
+  --help                           print this and exit
+`
+
+// finishWithin is how long deliveries may go on after SIGTERM or SIGINT.
+const finishWithin = 10 * time.Second
+
+// maxCall is how long one call to the engine may take, where the poll interval allows.
+const maxCall = 10 * time.Second
+
+// options are those of the command line, checked.
+type options struct {
+	backstop *backstop // nil: standard output
+	engine   *engine
+	rule     rule
+	poll     time.Duration
+	host     string
+	once     bool
+	verbose  bool
+	version  bool
+}
+
+func main() {
+	opts, err := parseOptions(os.Args[1:])
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Printf(usage, defaultDocker)
+		return
+	case err != nil:
+		fmt.Fprintf(os.Stderr, "%s: %s\n", program, oneLine(err.Error()))
+		os.Exit(2)
+	case opts.version:
+		fmt.Println(program, version())
+		return
+	}
+	if err := run(opts, newLogger(os.Stderr, opts)); err != nil {
+		os.Exit(1) // the log says why
+	}
+}
+
+// parseOptions reads the options from args and from the environment. Its errors are one
+// line and show no value that may hold a secret. For --help it returns flag.ErrHelp.
+func parseOptions(args []string) (*options, error) {
+	// All values are plain text for the flag package, and looked at below: its own error
+	// texts repeat the value, which may be a URL with a password.
+	var backstopURL, docker, prefix, poll, host, once, verbose, version string
+	flags := flag.NewFlagSet(program, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&backstopURL, "backstop", "-", "")
+	flags.StringVar(&docker, "docker", cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker), "")
+	flags.StringVar(&prefix, "prefix", "", "")
+	flags.StringVar(&poll, "poll", "60s", "")
+	flags.StringVar(&host, "host", "", "")
+	flags.BoolFunc("once", "", func(text string) error { once = text; return nil })
+	flags.BoolFunc("verbose", "", func(text string) error { verbose = text; return nil })
+	flags.BoolFunc("version", "", func(text string) error { version = text; return nil })
+	// ff would read a variable for --version as well, and SRV_VERSION may well be there for
+	// something else.
+	os.Unsetenv("SRV_VERSION")
+
+	if err := flags.Parse(args); err != nil {
+		return nil, explainFlag(err)
+	}
+	onLine := map[string]bool{}
+	flags.Visit(func(f *flag.Flag) { onLine[f.Name] = true })
+	if err := ff.Parse(flags, args, ff.WithEnvVarPrefix("SRV")); err != nil {
+		return nil, explainFlag(err)
+	}
+	if flags.NArg() > 0 {
+		stray := flags.Arg(0)
+		if strings.Contains(stray, "@") {
+			stray = "(not shown: it may hold a password)"
+		}
+		return nil, fmt.Errorf("unexpected argument %s: options are written --name=value; see --help", stray)
+	}
+	// Where a value came from, for the message that refuses it.
+	from := func(name string) string {
+		if variable := "SRV_" + strings.ToUpper(name); !onLine[name] && os.Getenv(variable) != "" {
+			return variable
+		}
+		if name == "docker" && !onLine[name] {
+			return "DOCKER_HOST"
+		}
+		return "--" + name
+	}
+
+	opts := &options{host: host}
+	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host"} {
+		if onLine[name] && flags.Lookup(name).Value.String() == "" {
+			return nil, fmt.Errorf("--%s is empty: give it a value, or leave it out for the default; see --help", name)
+		}
+	}
+	var err error
+	for _, s := range []struct {
+		name, text string
+		on         *bool
+	}{{"once", once, &opts.once}, {"verbose", verbose, &opts.verbose}, {"version", version, &opts.version}} {
+		if *s.on, err = strconv.ParseBool(cmp.Or(s.text, "false")); err != nil {
+			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from(s.name))
+		}
+	}
+	if backstopURL != "-" {
+		if opts.backstop, err = newBackstop(backstopURL); err != nil {
+			return nil, fmt.Errorf("%s: %w", from("backstop"), err)
+		}
+	}
+	if opts.poll, err = time.ParseDuration(poll); err != nil {
+		return nil, fmt.Errorf("%s: %q is not a duration; write one with its unit, such as 60s or 1m30s", from("poll"), poll)
+	}
+	if opts.poll <= 0 {
+		return nil, fmt.Errorf("%s: %s is not longer than 0; write a duration such as 60s", from("poll"), poll)
+	}
+	if prefix != "" {
+		if opts.rule, err = parseRule(prefix); err != nil {
+			return nil, fmt.Errorf("%s: %w", from("prefix"), err)
+		}
+	}
+	// A container that hangs must not cost the others their next poll.
+	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll*9/10)); err != nil {
+		return nil, fmt.Errorf("%s: %w", from("docker"), err)
+	}
+	return opts, nil
+}
+
+// explainFlag puts what the flag package says into words of ours, without what may be a secret.
+func explainFlag(err error) error {
+	if errors.Is(err, flag.ErrHelp) {
+		return err
+	}
+	text := err.Error()
+	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
+		return fmt.Errorf("unknown option --%s; see --help", name)
+	}
+	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
+		return fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", name)
+	}
+	return errors.New("an option is not written --name=value; see --help")
+}
+
+// version tells which build this is.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	text := info.Main.Version + " " + info.GoVersion
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.revision" {
+			text += " " + setting.Value
+		}
+	}
+	return text
+}
+
+// newLogger returns the log that goes to standard error: what changes and what is wrong, and
+// every poll where that is asked for.
+func newLogger(w io.Writer, opts *options) *slog.Logger {
+	handling := &slog.HandlerOptions{Level: slog.LevelInfo}
+	if opts.once {
+		handling.Level = slog.LevelWarn // what is there to say is what is on standard output
+	}
+	if opts.verbose {
+		handling.Level = slog.LevelDebug
+	}
+	if inJournal, _ := journal.StderrIsJournalStream(); inJournal {
+		handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey && len(groups) == 0 {
+				return slog.Attr{} // the journal has its own
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, handling))
+}
+
+// run polls and delivers until SIGTERM or SIGINT, or once. It returns an error when, once,
+// anything failed.
+func run(opts *options, log *slog.Logger) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	sending, abort := context.WithCancelCause(context.Background())
+	defer abort(nil)
+	context.AfterFunc(ctx, func() {
+		stop() // from here on a second signal ends the process at once
+		time.AfterFunc(finishWithin, func() {
+			abort(fmt.Errorf("no answer within the %s there are after a signal to end", finishWithin))
+		})
+	})
+
+	to, post := "standard output", printTo(os.Stdout)
+	if opts.backstop != nil {
+		to, post = opts.backstop.String(), opts.backstop.post
+		if trouble := opts.backstop.passwordTrouble(); trouble != "" {
+			log.Warn(trouble)
+		}
+	}
+	queue := newQueue(post, log.With("to", to))
+	collector := &collector{engine: opts.engine, rule: opts.rule, host: opts.host, log: log}
+	sweep := func(ctx context.Context) sweepResult {
+		start := time.Now()
+		result := collector.sweep(ctx)
+		queue.put(result.metrics)
+		log.Debug("swept", "running", result.running, "failed", result.failed,
+			"metrics", len(result.metrics), "took", time.Since(start).Round(time.Millisecond))
+		return result
+	}
+
+	if opts.once {
+		result := sweep(ctx)
+		queue.close()
+		err := queue.deliver(sending)
+		if result.failed > 0 {
+			err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))
+		}
+		return errors.Join(result.err, err)
+	}
+
+	log.Info("started", "version", version(), "to", to, "docker", opts.engine, "poll", opts.poll)
+	delivered := make(chan error)
+	go func() { delivered <- queue.deliver(sending) }()
+	poll(ctx, func() schedule { return newSchedule(opts.poll, collector.hostName()) },
+		func(ctx context.Context) { sweep(ctx) }, log)
+	log.Info("ending")
+	queue.close()
+	<-delivered // its log says what could not be delivered
+	return nil
+}
