@@ -114,10 +114,12 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 			result.failed++
 		}
 	}
-	host, now := c.hostName(), start.Unix()
-	result.metrics = append(result.metrics,
-		metric{host + ".containers.total", uint64(len(running)), now},
-		metric{host + ".metrics.duration", uint64(time.Since(start)), now})
+	if ctx.Err() == nil { // one that was cut short says nothing about the host
+		host, now := c.hostName(), start.Unix()
+		result.metrics = append(result.metrics,
+			metric{host + ".containers.total", uint64(len(running)), now},
+			metric{host + ".metrics.duration", uint64(time.Since(start)), now})
+	}
 	return result
 }
 

@@ -1,0 +1,508 @@
+//go:build linux
+
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+// The tests in this file run on a real Docker engine, with real containers.
+
+// noEngine ends a test that needs what is not there: it is skipped, but where
+// REQUIRE_ENGINE is set, as script/test does, it fails.
+func noEngine(t *testing.T, format string, args ...any) {
+	t.Helper()
+	why := fmt.Sprintf(format, args...)
+	if os.Getenv("REQUIRE_ENGINE") != "" {
+		t.Fatal(why)
+	}
+	t.Skip(why + "; script/engine brings one")
+}
+
+// liveEngine is a real engine, and an image to make containers of.
+type liveEngine struct {
+	*docker.Client
+	address string
+	image   string
+}
+
+// usualEngine is the engine that the docker command uses.
+func usualEngine(t *testing.T) *liveEngine {
+	t.Helper()
+	address := os.Getenv("DOCKER_HOST")
+	if address == "" {
+		address = defaultDocker
+	}
+	return connect(t, address)
+}
+
+func connect(t *testing.T, address string) *liveEngine {
+	t.Helper()
+	client, err := docker.NewClientFromEnv()
+	if address != os.Getenv("DOCKER_HOST") {
+		client, err = docker.NewClient(address)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.Ping(); err != nil {
+		noEngine(t, "no Docker engine at %s: %v", address, err)
+	}
+	e := &liveEngine{client, address, "docker-stats-to-backstop-test:" + strings.ToLower(t.Name())}
+	busybox, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		noEngine(t, "no static busybox to make an image of: %v", err)
+	}
+	var root bytes.Buffer
+	archive := tar.NewWriter(&root)
+	archive.WriteHeader(&tar.Header{Name: "busybox", Mode: 0o755, Size: int64(len(busybox))})
+	archive.Write(busybox)
+	archive.Close()
+	repository, tag, _ := strings.Cut(e.image, ":")
+	if err := client.ImportImage(docker.ImportImageOptions{
+		Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.RemoveImageExtended(e.image, docker.RemoveImageOptions{Force: true}) })
+	return e
+}
+
+// name returns the name of a container of this test: other engines' users may have a "web".
+func (e *liveEngine) name(t *testing.T, name string) string {
+	return "dstb-" + strings.ToLower(t.Name()) + "." + name
+}
+
+// run starts a container that runs a shell script, "" for one that sleeps.
+func (e *liveEngine) run(t *testing.T, name, script string, host docker.HostConfig) string {
+	t.Helper()
+	if script == "" {
+		script = "exec /busybox sleep 100000"
+	}
+	e.remove(e.name(t, name)) // what a run that was killed left behind
+	t.Cleanup(func() { e.remove(e.name(t, name)) })
+	container, err := e.CreateContainer(docker.CreateContainerOptions{
+		Name:       e.name(t, name),
+		Config:     &docker.Config{Image: e.image, Cmd: []string{"/busybox", "sh", "-c", script}},
+		HostConfig: &host,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.StartContainer(container.ID, nil); err != nil {
+		t.Fatal(err)
+	}
+	return container.ID
+}
+
+func (e *liveEngine) remove(name string) error {
+	return e.RemoveContainer(docker.RemoveContainerOptions{ID: name, Force: true})
+}
+
+// collector returns a collector on e that names its containers as the test does, and its log.
+func (e *liveEngine) collector(t *testing.T) (*collector, *logged) {
+	t.Helper()
+	engine, err := newEngine(e.address, 30*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := &logged{}
+	prefix := rule{regexp.MustCompile(`^` + regexp.QuoteMeta(e.name(t, "")) + `(.*)$`), "test.$1"}
+	return &collector{engine: engine, rule: prefix, log: log.logger()}, log
+}
+
+// byName makes a map of the metrics of the test's own containers: other ones may run here too.
+func byName(t *testing.T, metrics []metric) map[string]metric {
+	t.Helper()
+	named := map[string]metric{}
+	for _, m := range metrics {
+		if name, ok := strings.CutPrefix(m.Name, "test."); ok {
+			if old, double := named[name]; double {
+				t.Errorf("%s is there twice: %v and %v", name, old, m)
+			}
+			named[name] = m
+		}
+		if !goodName.MatchString(m.Name) || badEnd.MatchString(m.Name) {
+			t.Errorf("%s is not a name that Graphite can keep", m.Name)
+		}
+	}
+	return named
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// From starting to removing: what each state of a container means for its metrics.
+func TestLiveContainers(t *testing.T) {
+	e := usualEngine(t)
+	c, log := e.collector(t)
+	busy := e.run(t, "busy", "while :; do :; done", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
+	e.run(t, "none", "", docker.HostConfig{NetworkMode: "none"})
+	e.run(t, "host", "", docker.HostConfig{NetworkMode: "host"})
+
+	begin := time.Now()
+	result := c.sweep(t.Context())
+	if result.err != nil || result.failed > 0 {
+		t.Fatalf("%v, %d failed: %s", result.err, result.failed, log.take())
+	}
+	first := byName(t, result.metrics)
+	for _, name := range []string{"cpu.total", "cpu.kernel", "cpu.user", "cpu.system", "memory.usage", "memory.limit", "uptime",
+		"network.rx_bytes", "network.rx_packets", "network.rx_errors", "network.rx_dropped",
+		"network.tx_bytes", "network.tx_packets", "network.tx_errors", "network.tx_dropped"} {
+		at := time.Unix(first["busy."+name].Time, 0)
+		if at.Before(begin.Add(-2*time.Second)) || at.After(time.Now()) {
+			t.Errorf("busy.%s is of %s", name, at)
+		}
+		for _, other := range []string{"none", "host"} {
+			if _, there := first[other+"."+name]; there == strings.HasPrefix(name, "network.") {
+				t.Errorf("%s.%s: there %t; a container without a network of its own has no network.*, and all the rest", other, name, there)
+			}
+		}
+	}
+	if limit := first["busy.memory.limit"].Value; limit != 32<<20 {
+		t.Errorf("busy.memory.limit is %d, it was given 32 MiB", limit)
+	}
+	if up := first["busy.uptime"].Value; up > 30 {
+		t.Errorf("busy.uptime is %d s", up)
+	}
+	info, err := e.Info()
+	must(t, err)
+	total := metric{}
+	for _, m := range result.metrics {
+		if m.Name == graphiteNode(info.Name)+".containers.total" {
+			total = m
+		}
+	}
+	if total.Value < 3 || int(total.Value) != result.running {
+		t.Errorf("%s.containers.total is %d", graphiteNode(info.Name), total.Value)
+	}
+
+	// Work shows.
+	for deadline := time.Now().Add(time.Minute); ; {
+		now := byName(t, c.sweep(t.Context()).metrics)
+		if now["busy.cpu.total"].Value > first["busy.cpu.total"].Value+uint64(200*time.Millisecond) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("busy.cpu.total went from %d to %d in a minute of work", first["busy.cpu.total"].Value, now["busy.cpu.total"].Value)
+		}
+	}
+
+	// A paused container still runs, as far as the engine is concerned.
+	must(t, e.PauseContainer(busy))
+	paused := byName(t, c.sweep(t.Context()).metrics)
+	if paused["busy.memory.usage"].Value == 0 {
+		t.Errorf("paused, there is %v", paused)
+	}
+	must(t, e.UnpauseContainer(busy))
+
+	// Renamed, it goes by its new name.
+	must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy, Name: e.name(t, "renamed")}))
+	renamed := byName(t, c.sweep(t.Context()).metrics)
+	if renamed["renamed.cpu.total"].Value < first["busy.cpu.total"].Value || renamed["busy.cpu.total"] != (metric{}) {
+		t.Errorf("renamed, there is %v", renamed)
+	}
+
+	// Stopped, it has none; started again, all, and its uptime is that of the new start.
+	must(t, e.KillContainer(docker.KillContainerOptions{ID: busy}))
+	if _, err := e.WaitContainer(busy); err != nil {
+		t.Fatal(err)
+	}
+	if stopped := byName(t, c.sweep(t.Context()).metrics); stopped["renamed.cpu.total"] != (metric{}) {
+		t.Errorf("stopped, there is %v", stopped)
+	}
+	must(t, e.StartContainer(busy, nil))
+	started, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: busy})
+	must(t, err)
+	again := byName(t, c.sweep(t.Context()).metrics)
+	uptimeIs(t, again["renamed.uptime"], started.State.StartedAt)
+
+	must(t, e.RestartContainer(busy, 0))
+	restarted, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: busy})
+	must(t, err)
+	again = byName(t, c.sweep(t.Context()).metrics)
+	uptimeIs(t, again["renamed.uptime"], restarted.State.StartedAt)
+
+	must(t, e.remove(busy))
+	if removed := byName(t, c.sweep(t.Context()).metrics); removed["renamed.cpu.total"] != (metric{}) {
+		t.Errorf("removed, there is %v", removed)
+	}
+	if got := log.take(); strings.Contains(got, "level=ERROR") || strings.Contains(got, "level=WARN") {
+		t.Errorf("all this is everyday life, but it logged\n%s", got)
+	}
+}
+
+func uptimeIs(t *testing.T, uptime metric, since time.Time) {
+	t.Helper()
+	if want := time.Unix(uptime.Time, 0).Sub(since); time.Duration(uptime.Value)*time.Second > want+time.Second || time.Duration(uptime.Value)*time.Second < want-time.Second {
+		t.Errorf("the uptime is %v, it was started at %s", uptime, since)
+	}
+}
+
+// between is a real engine with a proxy before it, which can do things to single calls.
+func between(t *testing.T, e *liveEngine, call func(w http.ResponseWriter, r *http.Request, forward http.Handler)) *liveEngine {
+	t.Helper()
+	u, err := url.Parse(e.address)
+	must(t, err)
+	proxy := &httputil.ReverseProxy{
+		Rewrite:  func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", "engine" },
+		ErrorLog: nil,
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			if u.Scheme == "unix" {
+				return (&net.Dialer{}).DialContext(ctx, "unix", u.Path)
+			}
+			return (&net.Dialer{}).DialContext(ctx, "tcp", u.Host)
+		}},
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { call(w, r, proxy) }))
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return &liveEngine{e.Client, server.URL, e.image}
+}
+
+// Containers that stop, restart or are removed in the very moment they are asked.
+func TestLiveChangesDuringASweep(t *testing.T) {
+	e := usualEngine(t)
+	steady := e.run(t, "steady", "", docker.HostConfig{})
+	for _, test := range []struct {
+		why    string
+		change func(id string) error
+		gone   bool
+	}{
+		{"stopped", func(id string) error { return e.KillContainer(docker.KillContainerOptions{ID: id}) }, true},
+		{"removed", e.remove, true},
+		{"restarted", func(id string) error { return e.RestartContainer(id, 0) }, false},
+		{"paused", e.PauseContainer, false},
+	} {
+		id := e.run(t, test.why, "", docker.HostConfig{})
+		changed := false
+		c, log := between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+			// Between the list and the question for its stats.
+			if r.URL.Path == "/containers/"+id+"/stats" && !changed {
+				changed = true
+				if err := test.change(id); err != nil {
+					t.Error(err)
+				}
+			}
+			forward.ServeHTTP(w, r)
+		}).collector(t)
+		result := c.sweep(t.Context())
+		named := byName(t, result.metrics)
+		if result.err != nil || result.failed > 0 {
+			t.Errorf("%s: %v, %d failed: %s", test.why, result.err, result.failed, log.take())
+		}
+		if named["steady.cpu.total"].Value == 0 {
+			t.Errorf("%s: it cost another one its metrics: %v", test.why, named)
+		}
+		_, there := named[test.why+".cpu.total"]
+		got := log.take()
+		if there == test.gone || strings.Contains(got, `msg="container is gone" container=`+e.name(t, test.why)) != test.gone {
+			t.Errorf("%s: there are %v, and the log\n%s", test.why, named, got)
+		}
+	}
+	must(t, e.remove(steady))
+}
+
+// Two real containers out of three answer badly, because a proxy makes them: they cost the
+// third nothing.
+func TestLiveBadAnswers(t *testing.T) {
+	e := usualEngine(t)
+	e.run(t, "well", "", docker.HostConfig{})
+	hanging, cut := e.run(t, "hangs", "", docker.HostConfig{}), e.run(t, "cut", "", docker.HostConfig{})
+	c, log := between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		switch r.URL.Path {
+		case "/containers/" + hanging + "/stats":
+			hang(w, r)
+		case "/containers/" + cut + "/stats":
+			answer := httptest.NewRecorder()
+			forward.ServeHTTP(answer, r)
+			w.Write(answer.Body.Bytes()[:100])
+		default:
+			forward.ServeHTTP(w, r)
+		}
+	}).collector(t)
+	c.engine.timeout = 5 * time.Second
+	result := c.sweep(t.Context())
+	named := byName(t, result.metrics)
+	if result.err != nil || result.failed != 2 || named["well.cpu.total"].Value == 0 || named["hangs.cpu.total"].Value != 0 || named["cut.cpu.total"].Value != 0 {
+		t.Errorf("%v, %d failed, %v", result.err, result.failed, named)
+	}
+	got := log.take()
+	for _, want := range []string{
+		`msg="container cannot be read" container=` + e.name(t, "hangs") + ` error="no answer within 5s"`,
+		`msg="container cannot be read" container=` + e.name(t, "cut") + ` error="its stats answer is not JSON: unexpected end of JSON input"`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("logged\n%swant %s", got, want)
+		}
+	}
+}
+
+// The daemon, as a process of its own, outlives its engine: killed and started again.
+func TestLiveEngineIsKilled(t *testing.T) {
+	own := startEngine(t)
+	e := connect(t, own.address)
+	e.run(t, "web", "", docker.HostConfig{NetworkMode: "none"})
+
+	backstop := newStandIn(t)
+	log := filepath.Join(t.TempDir(), "log")
+	stderr, err := os.Create(log)
+	must(t, err)
+	defer stderr.Close()
+	// The command is in the path, see testscript.Main.
+	daemon := exec.Command(program, "--backstop="+backstop.URL+"/publish/docker", "--docker="+own.address, "--poll=2s", "--host=h")
+	daemon.Stderr = stderr
+	must(t, daemon.Start())
+	t.Cleanup(func() { daemon.Process.Kill() })
+	arrive := func(when string, want int) {
+		t.Helper()
+		if err := backstop.await(`^dstb-testliveengineiskilled\.web\.cpu\.total `, want, 2*time.Minute); err != nil {
+			text, _ := os.ReadFile(log)
+			t.Fatalf("%s: %v\n%s", when, err, text)
+		}
+	}
+	count := func() int { return strings.Count(backstop.lines(), ".web.cpu.total ") }
+	says := func(line string, times int) {
+		t.Helper()
+		for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
+			text, err := os.ReadFile(log)
+			must(t, err)
+			if strings.Count(string(text), line) >= times {
+				return
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the log lacks %s:\n%s", line, text)
+			}
+		}
+	}
+	arrive("at first", 2)
+	own.kill()
+	says(`level=ERROR msg="Docker engine does not answer`, 1)
+	own.start()
+	says(`level=INFO msg="Docker engine answers"`, 2)
+	// Killed, the engine took its containers along.
+	if err := e.StartContainer(e.name(t, "web"), nil); err != nil && !errors.As(err, new(*docker.ContainerAlreadyRunning)) {
+		t.Fatal(err)
+	}
+	arrive("after the engine was killed and started", count()+2)
+
+	must(t, daemon.Process.Signal(syscall.SIGTERM))
+	if err := daemon.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+}
+
+// ownEngine is a dockerd of the test's own, which it may kill.
+type ownEngine struct {
+	t       *testing.T
+	dir     string
+	address string
+	dockerd *exec.Cmd
+	ended   chan struct{}
+}
+
+func startEngine(t *testing.T) *ownEngine {
+	t.Helper()
+	if _, err := exec.LookPath("dockerd"); err != nil || os.Getuid() != 0 {
+		noEngine(t, "a dockerd of the test's own needs root, and dockerd (%v)", err)
+	}
+	dir, err := os.MkdirTemp("", "dstb") // a socket's path is short
+	must(t, err)
+	e := &ownEngine{t: t, dir: dir, address: "unix://" + dir + "/docker.sock"}
+	t.Cleanup(func() {
+		e.end(syscall.SIGTERM)
+		if mounts, err := os.ReadFile("/proc/mounts"); err == nil { // those of its containers
+			for line := range strings.Lines(string(mounts)) {
+				if target := strings.Fields(line)[1]; strings.HasPrefix(target, dir+"/") {
+					syscall.Unmount(target, syscall.MNT_DETACH)
+				}
+			}
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("cleaning up: %v", err)
+		}
+	})
+	e.start()
+	return e
+}
+
+// start starts dockerd, and waits until it answers. After a kill it may take a second try:
+// containerd can be busy with what is left for longer than dockerd waits for it.
+func (e *ownEngine) start() {
+	e.t.Helper()
+	client, err := docker.NewClient(e.address)
+	must(e.t, err)
+	for range 3 {
+		os.Remove(e.dir + "/docker.pid")
+		e.dockerd = exec.Command("dockerd", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec",
+			"--pidfile="+e.dir+"/docker.pid", "--bridge=none", "--iptables=false", "--ip-forward=false")
+		log, err := os.OpenFile(e.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		must(e.t, err)
+		e.dockerd.Stdout, e.dockerd.Stderr = log, log
+		must(e.t, e.dockerd.Start())
+		log.Close()
+		ended := make(chan struct{})
+		e.ended = ended
+		go func(dockerd *exec.Cmd) {
+			dockerd.Wait()
+			close(ended)
+		}(e.dockerd)
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+			if client.Ping() == nil {
+				return
+			}
+			select {
+			case <-ended:
+				deadline = time.Time{}
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+		e.end(syscall.SIGKILL)
+	}
+	text, _ := os.ReadFile(e.dir + "/log")
+	e.t.Fatalf("dockerd does not start: %s", text)
+}
+
+// kill ends dockerd as a power cut would, and its containers with it.
+func (e *ownEngine) kill() { e.end(syscall.SIGKILL) }
+
+func (e *ownEngine) end(signal syscall.Signal) {
+	e.dockerd.Process.Signal(signal)
+	<-e.ended
+	// Its containerd and the shims of its containers, all of which have its folder in their arguments.
+	processes, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, file := range processes {
+		text, err := os.ReadFile(file)
+		var pid int
+		if err == nil && strings.Contains(string(text), e.dir+"/exec") {
+			fmt.Sscanf(file, "/proc/%d/", &pid)
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
