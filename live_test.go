@@ -368,7 +368,7 @@ func TestLiveBadAnswers(t *testing.T) {
 func TestLiveEngineIsKilled(t *testing.T) {
 	own := startEngine(t)
 	e := connect(t, own.address)
-	e.run(t, "web", "", docker.HostConfig{NetworkMode: "none"})
+	e.run(t, "web", "", docker.HostConfig{})
 
 	backstop := newStandIn(t)
 	log := filepath.Join(t.TempDir(), "log")
@@ -418,7 +418,9 @@ func TestLiveEngineIsKilled(t *testing.T) {
 	}
 }
 
-// ownEngine is a dockerd of the test's own, which it may kill.
+// ownEngine is a dockerd of the test's own, which it may kill. It runs in namespaces of its
+// own, so that it does not touch the networks of another one, and so that everything it
+// started ends with it, as in a power cut.
 type ownEngine struct {
 	t       *testing.T
 	dir     string
@@ -429,23 +431,26 @@ type ownEngine struct {
 
 func startEngine(t *testing.T) *ownEngine {
 	t.Helper()
-	if _, err := exec.LookPath("dockerd"); err != nil || os.Getuid() != 0 {
-		noEngine(t, "a dockerd of the test's own needs root, and dockerd (%v)", err)
+	for _, command := range []string{"dockerd", "unshare"} {
+		if _, err := exec.LookPath(command); err != nil || os.Getuid() != 0 {
+			noEngine(t, "a dockerd of the test's own needs root and %s (%v)", command, err)
+		}
 	}
 	dir, err := os.MkdirTemp("", "dstb") // a socket's path is short
 	must(t, err)
 	e := &ownEngine{t: t, dir: dir, address: "unix://" + dir + "/docker.sock"}
 	t.Cleanup(func() {
-		e.end(syscall.SIGTERM)
-		if mounts, err := os.ReadFile("/proc/mounts"); err == nil { // those of its containers
-			for line := range strings.Lines(string(mounts)) {
-				if target := strings.Fields(line)[1]; strings.HasPrefix(target, dir+"/") {
-					syscall.Unmount(target, syscall.MNT_DETACH)
-				}
+		e.kill()
+		// What was in the namespaces takes a moment to end after the first of them.
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+			err := os.RemoveAll(dir)
+			if err == nil {
+				return
 			}
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Errorf("cleaning up: %v", err)
+			if time.Now().After(deadline) {
+				t.Errorf("cleaning up: %v", err)
+				return
+			}
 		}
 	})
 	e.start()
@@ -458,15 +463,15 @@ func (e *ownEngine) start() {
 	e.t.Helper()
 	client, err := docker.NewClient(e.address)
 	must(e.t, err)
+	log, err := os.OpenFile(e.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	must(e.t, err)
+	defer log.Close()
 	for range 3 {
 		os.Remove(e.dir + "/docker.pid")
-		e.dockerd = exec.Command("dockerd", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec",
-			"--pidfile="+e.dir+"/docker.pid", "--bridge=none", "--iptables=false", "--ip-forward=false")
-		log, err := os.OpenFile(e.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		must(e.t, err)
+		e.dockerd = exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child",
+			"dockerd", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec", "--pidfile="+e.dir+"/docker.pid")
 		e.dockerd.Stdout, e.dockerd.Stderr = log, log
 		must(e.t, e.dockerd.Start())
-		log.Close()
 		ended := make(chan struct{})
 		e.ended = ended
 		go func(dockerd *exec.Cmd) {
@@ -483,26 +488,14 @@ func (e *ownEngine) start() {
 			case <-time.After(100 * time.Millisecond):
 			}
 		}
-		e.end(syscall.SIGKILL)
+		e.kill()
 	}
 	text, _ := os.ReadFile(e.dir + "/log")
 	e.t.Fatalf("dockerd does not start: %s", text)
 }
 
-// kill ends dockerd as a power cut would, and its containers with it.
-func (e *ownEngine) kill() { e.end(syscall.SIGKILL) }
-
-func (e *ownEngine) end(signal syscall.Signal) {
-	e.dockerd.Process.Signal(signal)
+// kill ends dockerd and all that it started, without a chance to tidy up.
+func (e *ownEngine) kill() {
+	e.dockerd.Process.Kill()
 	<-e.ended
-	// Its containerd and the shims of its containers, all of which have its folder in their arguments.
-	processes, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, file := range processes {
-		text, err := os.ReadFile(file)
-		var pid int
-		if err == nil && strings.Contains(string(text), e.dir+"/exec") {
-			fmt.Sscanf(file, "/proc/%d/", &pid)
-			syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
 }
