@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -27,17 +26,6 @@ import (
 )
 
 // The tests in this file run on a real Docker engine, with real containers.
-
-// noEngine ends a test that needs what is not there: it is skipped, but where
-// REQUIRE_ENGINE is set, as script/test does, it fails.
-func noEngine(t *testing.T, format string, args ...any) {
-	t.Helper()
-	why := fmt.Sprintf(format, args...)
-	if os.Getenv("REQUIRE_ENGINE") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why + "; script/engine brings one")
-}
 
 // liveEngine is a real engine, and an image to make containers of.
 type liveEngine struct {

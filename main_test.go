@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -15,6 +16,17 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){program: main})
+}
+
+// noEngine ends a test that needs what is not there: it is skipped, but where
+// REQUIRE_ENGINE is set, as script/test does, it fails.
+func noEngine(t *testing.T, format string, args ...any) {
+	t.Helper()
+	why := fmt.Sprintf(format, args...)
+	if os.Getenv("REQUIRE_ENGINE") != "" {
+		t.Fatal(why)
+	}
+	t.Skip(why + "; script/engine brings one")
 }
 
 // TestScripts holds the command to what testdata/script says of it. Each script has an engine,
