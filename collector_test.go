@@ -147,7 +147,7 @@ level=INFO msg="container is gone" container=fx-web reason="No such container: `
 
 func TestHostName(t *testing.T) {
 	r := newReplay(t, "cgroup2")
-	c, log := r.collector(t, 10*time.Second)
+	c, _ := r.collector(t, 10*time.Second)
 	c.host = "web1.example.com"
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
 		t.Errorf("--host made\n%s", lines)
@@ -162,7 +162,7 @@ func TestHostName(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.on("/info", answerWith(http.StatusForbidden, "no"))
-	c, log = r.collector(t, 10*time.Second)
+	c, log := r.collector(t, 10*time.Second)
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") {
 		t.Errorf("without /info it is\n%s", lines)
 	}
