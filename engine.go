@@ -132,7 +132,7 @@ func withoutUser(u *url.URL) string {
 
 // tlsFromEnv reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker CLI does: a
 // DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem
-// from DOCKER_CERT_PATH, by default ~/.docker. It returns nil where TLS is not asked
+// from DOCKER_CERT_PATH, by default DOCKER_CONFIG or ~/.docker. It returns nil where TLS is not asked
 // for. The engine's certificate is always verified: against ca.pem, and against the
 // roots of the system. always asks for TLS whatever the environment says; the files are
 // then used where DOCKER_CERT_PATH names a folder.
@@ -146,6 +146,9 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 	dir := os.Getenv("DOCKER_CERT_PATH")
 	if dir == "" && !verify {
 		return config, nil
+	}
+	if dir == "" {
+		dir = os.Getenv("DOCKER_CONFIG")
 	}
 	if dir == "" {
 		home, err := os.UserHomeDir()

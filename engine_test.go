@@ -24,7 +24,7 @@ import (
 
 // noDockerEnv makes the environment one in which nobody has set up the docker command.
 func noDockerEnv(t *testing.T) {
-	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"} {
+	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_CONFIG"} {
 		t.Setenv(name, "")
 	}
 }
@@ -151,6 +151,8 @@ func TestTLSAsTheDockerCommandHasIt(t *testing.T) {
 	t.Setenv("DOCKER_CERT_PATH", "")
 	t.Setenv("HOME", t.TempDir())
 	refused("no authority at home", filepath.Join(".docker", "ca.pem"))
+	t.Setenv("DOCKER_CONFIG", "/nowhere")
+	refused("no authority in the configuration", filepath.Join("/nowhere", "ca.pem"))
 }
 
 func TestOneShotWhereTheEngineHasIt(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -56,7 +57,7 @@ func connect(t *testing.T, address string) *liveEngine {
 	if err := client.Ping(); err != nil {
 		noEngine(t, "no Docker engine at %s: %v", address, err)
 	}
-	e := &liveEngine{client, address, "docker-stats-to-backstop-test:" + strings.ToLower(t.Name())}
+	e := &liveEngine{client, address, fmt.Sprintf("docker-stats-to-backstop-test:%s-%d", strings.ToLower(t.Name()), os.Getpid())}
 	busybox, err := os.ReadFile("/bin/busybox")
 	if err != nil {
 		noEngine(t, "no static busybox to make an image of: %v", err)
@@ -76,18 +77,18 @@ func connect(t *testing.T, address string) *liveEngine {
 	return e
 }
 
-// name returns the name of a container of this test: other engines' users may have a "web".
+// name returns the name of a container of this test, in this run of it.
 func (e *liveEngine) name(t *testing.T, name string) string {
-	return "dstb-" + strings.ToLower(t.Name()) + "." + name
+	return fmt.Sprintf("dstb-%s-%d.%s", strings.ToLower(t.Name()), os.Getpid(), name)
 }
 
-// run starts a container that runs a shell script, "" for one that sleeps.
+// run starts a container that runs a shell script, "" for one that sleeps. It ends by itself
+// after a while, should the test be killed.
 func (e *liveEngine) run(t *testing.T, name, script string, host docker.HostConfig) string {
 	t.Helper()
 	if script == "" {
-		script = "exec /busybox sleep 100000"
+		script = "exec /busybox sleep 600"
 	}
-	e.remove(e.name(t, name)) // what a run that was killed left behind
 	t.Cleanup(func() { e.remove(e.name(t, name)) })
 	container, err := e.CreateContainer(docker.CreateContainerOptions{
 		Name:       e.name(t, name),
@@ -148,7 +149,7 @@ func must(t *testing.T, err error) {
 func TestLiveContainers(t *testing.T) {
 	e := usualEngine(t)
 	c, log := e.collector(t)
-	busy := e.run(t, "busy", "while :; do :; done", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
+	busy := e.run(t, "busy", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
 	e.run(t, "none", "", docker.HostConfig{NetworkMode: "none"})
 	e.run(t, "host", "", docker.HostConfig{NetworkMode: "host"})
 
@@ -370,7 +371,7 @@ func TestLiveEngineIsKilled(t *testing.T) {
 	t.Cleanup(func() { daemon.Process.Kill() })
 	arrive := func(when string, want int) {
 		t.Helper()
-		if err := backstop.await(`^dstb-testliveengineiskilled\.web\.cpu\.total `, want, 2*time.Minute); err != nil {
+		if err := backstop.await(`^dstb-.*\.web\.cpu\.total `, want, 2*time.Minute); err != nil {
 			text, _ := os.ReadFile(log)
 			t.Fatalf("%s: %v\n%s", when, err, text)
 		}

@@ -14,7 +14,7 @@ import (
 const (
 	// maxBatch is how many metrics go into one request: Backstop needs 50 ms for them.
 	maxBatch = 5_000
-	// maxQueued is how many metrics wait at most, about 60 MB: those of 100 containers
+	// maxQueued is how many metrics wait at most, some 40 MB: those of 100 containers
 	// at a poll a minute for over four hours.
 	maxQueued = 500_000
 )
