@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -83,14 +82,10 @@ func (b *backstop) passwordTrouble() string {
 	return ""
 }
 
-// post sends metrics in one request. It returns nil only when Backstop said that it has
-// taken them (2xx), *refusal when it said anything else, and other errors when it
+// post sends one request with a body from encode. It returns nil only when Backstop said
+// that it has taken it (2xx), *refusal when it said anything else, and other errors when it
 // could not be asked.
-func (b *backstop) post(ctx context.Context, metrics []metric) error {
-	body, err := json.Marshal(metrics)
-	if err != nil {
-		return err
-	}
+func (b *backstop) post(ctx context.Context, body []byte) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url.String(), bytes.NewReader(body))
 	if err != nil {
 		return err
@@ -189,15 +184,20 @@ func hint(resp *http.Response) string {
 	return ""
 }
 
-// printTo returns what stands in for Backstop.post with --backstop=-: it writes metrics
-// as lines of Carbon's plaintext protocol.
-func printTo(w io.Writer) func(context.Context, []metric) error {
-	return func(_ context.Context, metrics []metric) error {
-		var lines []byte
-		for _, m := range metrics {
-			lines = m.appendLine(lines)
-		}
-		_, err := w.Write(lines)
-		return err
+// printer is what stands in for Backstop with --backstop=-: it writes metrics to w as lines
+// of Carbon's plaintext protocol.
+func printer(w io.Writer) destination {
+	return destination{
+		encode: func(metrics []metric) []byte {
+			var lines []byte
+			for _, m := range metrics {
+				lines = m.appendLine(lines)
+			}
+			return lines
+		},
+		post: func(_ context.Context, lines []byte) error {
+			_, err := w.Write(lines)
+			return err
+		},
 	}
 }

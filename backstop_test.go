@@ -22,6 +22,8 @@ func (s *standIn) at(credentials, path string) string {
 	return strings.Replace(s.URL, "http://", "http://"+credentials, 1) + path
 }
 
+var onePoint = encode([]metric{{"web.a", whole(1), 1795409680}})
+
 func mustBackstop(t testing.TB, url string) *backstop {
 	t.Helper()
 	b, err := newBackstop(url)
@@ -36,7 +38,7 @@ func TestPost(t *testing.T) {
 	s := newStandIn(t)
 	s.set("user:p@ss/w%rd", nil)
 	b := mustBackstop(t, s.at("user:p%40ss%2Fw%25rd", "/publish/docker/"))
-	if err := b.post(t.Context(), []metric{{"web.a", 1, 1795409680}, {"web.b", 2, 1795409681}}); err != nil {
+	if err := b.post(t.Context(), encode([]metric{{"web.a", whole(1), 1795409680}, {"web.b", whole(2), 1795409681}})); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := s.lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
@@ -59,10 +61,10 @@ func TestPostKeepsItsConnection(t *testing.T) {
 	good, bad := mustBackstop(t, s.URL+"/publish/docker"), mustBackstop(t, s.URL+"/nowhere")
 	bad.client = good.client
 	for range 3 {
-		if err := good.post(t.Context(), []metric{{"web.a", 1, 1795409680}}); err != nil {
+		if err := good.post(t.Context(), onePoint); err != nil {
 			t.Error(err)
 		}
-		if err := bad.post(t.Context(), nil); err == nil {
+		if err := bad.post(t.Context(), []byte("[]")); err == nil {
 			t.Error("a 404 with 140 KB was taken for success")
 		}
 	}
@@ -108,7 +110,7 @@ func TestPostFailures(t *testing.T) {
 			auth = ""
 		}
 		s.set(auth, test.fault)
-		err := mustBackstop(t, s.at("user:password", test.path)).post(t.Context(), []metric{{"web.a", 1, 1795409680}})
+		err := mustBackstop(t, s.at("user:password", test.path)).post(t.Context(), onePoint)
 		if err == nil {
 			t.Errorf("%s: taken for success", test.why)
 			continue
@@ -120,7 +122,7 @@ func TestPostFailures(t *testing.T) {
 	}
 	for _, status := range []int{200, 201, 204} {
 		s.set("", answerWith(status, ""))
-		if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), nil); err != nil {
+		if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), []byte("[]")); err != nil {
 			t.Errorf("%d: %v", status, err)
 		}
 	}
@@ -128,16 +130,16 @@ func TestPostFailures(t *testing.T) {
 	b := mustBackstop(t, s.at("user:password", "/publish/docker"))
 	b.client.Timeout = 500 * time.Millisecond
 	s.set("", hang)
-	if err := b.post(t.Context(), nil); err == nil || err.Error() != "no answer within 500ms" {
+	if err := b.post(t.Context(), []byte("[]")); err == nil || err.Error() != "no answer within 500ms" {
 		t.Errorf("a request that hangs: %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("time is up"))
-	if err := b.post(ctx, nil); err == nil || err.Error() != "time is up" {
+	if err := b.post(ctx, onePoint); err == nil || err.Error() != "time is up" {
 		t.Errorf("after the end: %v", err)
 	}
 	s.Close()
-	if err := b.post(t.Context(), nil); err == nil || !strings.HasSuffix(err.Error(), "connection refused") || strings.Contains(err.Error(), "password") {
+	if err := b.post(t.Context(), []byte("[]")); err == nil || !strings.HasSuffix(err.Error(), "connection refused") || strings.Contains(err.Error(), "password") {
 		t.Errorf("nobody there: %v", err)
 	}
 }

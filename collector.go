@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,23 +27,34 @@ const maxInFlight = 512
 type collector struct {
 	engine *engine
 	rule   rule
+	per    details
 	host   string // what --host says
 	log    *slog.Logger
 
-	engineName string                // the engine's own name, once it is known
-	met        bool                  // whether the engine answers, as far as we know
-	trouble    string                // the last trouble with the engine that was logged
-	containers map[string]*container // the running ones of the last list, by id
+	engineName  string                // the engine's own name, once it is known
+	met         bool                  // whether the engine answers, as far as we know
+	trouble     string                // the last trouble with the engine that was logged
+	infoTrouble string                // the last trouble with its /info that was logged
+	containers  map[string]*container // the running ones of the last list, by id
+	holders     map[string]*container // of them, those whose metrics have a path, by that path
 }
 
 // container is what is kept of a running container from one sweep to the next.
 type container struct {
-	id        string
-	name      string    // without Docker's leading slash
-	startedAt time.Time // zero until it is known
-	checkedAt time.Time // when startedAt was last known to be right, by our clock
-	restarted bool      // whether it may have been started since then
-	trouble   string    // the last trouble with it that was logged, "" since it is well
+	id   string
+	name string // without Docker's leading slash
+	path string // of its metrics
+	// What the list said of it
+	created int64 // Unix seconds
+	status  string
+
+	startedAt time.Time  // zero until it is known
+	restarts  uint64     // by its restart policy
+	checkedAt time.Time  // when the two were last known to be right, by our clock
+	restarted bool       // whether it may have been started since then
+	last      *cpuSample // nil if there is none to compare with
+	trouble   string     // the last trouble with it that was logged, "" since it is well
+	shadowed  string     // the name of the one that has its path, as logged
 }
 
 // sweepResult is what one sweep brought.
@@ -73,21 +86,27 @@ func (c *collector) hostName() string {
 // Trouble is logged once, until it is over.
 func (c *collector) sweep(ctx context.Context) sweepResult {
 	start := time.Now()
-	list, err := c.list(ctx)
+	list, about, err := c.list(ctx)
 	if err != nil {
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	running := c.remember(list, start)
+	asked, collisions := c.remember(list, start)
 
 	type sample struct {
 		metrics []metric
 		err     error
 	}
-	samples := make([]sample, len(running))
+	samples := make([]sample, len(asked))
 	var group errgroup.Group
 	group.SetLimit(maxInFlight)
-	for i, known := range running {
+	if about == nil {
+		group.Go(func() error {
+			about = c.about(ctx)
+			return nil
+		})
+	}
+	for i, known := range asked {
 		group.Go(func() error {
 			samples[i].metrics, samples[i].err = c.sample(ctx, known, start)
 			return nil // one that failed must not end the others
@@ -95,66 +114,84 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	}
 	group.Wait()
 
-	result := sweepResult{running: len(running), err: context.Cause(ctx)}
+	result := sweepResult{running: len(c.containers), err: context.Cause(ctx)}
 	for _, s := range samples {
 		result.metrics = append(result.metrics, s.metrics...)
-		if result.err == nil && isConnectionError(s.err) {
-			// Is it the container's trouble, or is the engine gone?
-			if _, result.err = c.engine.hello(ctx); result.err != nil {
-				c.engineFailed(ctx, result.err)
-			}
+	}
+	// Where a connection failed, was it the container's or is the engine gone?
+	if result.err == nil && slices.ContainsFunc(samples, func(s sample) bool { return isConnectionError(s.err) }) {
+		if _, result.err = c.engine.hello(ctx); result.err != nil {
+			c.engineFailed(ctx, result.err)
 		}
 	}
+	sampled := 0
 	for i, s := range samples {
-		if result.err != nil {
-			break // which is no container's fault
-		}
-		c.containerIs(running[i], s.err)
-		if s.err != nil && !isGone(s.err) {
+		switch {
+		case s.err == nil:
+			sampled++
+		case !isGone(s.err) && ctx.Err() == nil:
 			result.failed++
 		}
+		if result.err == nil { // else it is no container's fault
+			c.containerIs(asked[i], s.err)
+		}
 	}
-	if ctx.Err() == nil { // one that was cut short says nothing about the host
-		host, now := c.hostName(), start.Unix()
-		result.metrics = append(result.metrics,
-			metric{host + ".containers.total", uint64(len(running)), now},
-			metric{host + ".metrics.duration", uint64(time.Since(start)), now})
+	if ctx.Err() != nil {
+		return result // one that was cut short says nothing about the host
 	}
+	host := flattener{path: c.hostName(), at: start.Unix()}
+	host.addCount(".containers.total", result.running)
+	host.add(".containers.running", about.Running)
+	host.add(".containers.paused", about.Paused)
+	host.add(".containers.stopped", about.Stopped)
+	host.addCount(".metrics.sampled", sampled)
+	host.addCount(".metrics.failed", result.failed)
+	host.addCount(".metrics.collisions", collisions)
+	host.addCount(".metrics.duration", int(time.Since(start)))
+	result.metrics = append(result.metrics, host.metrics...)
 	return result
 }
 
 // list returns the engine's running containers. An engine that was not met before, or not
-// since it failed, is first asked what it is.
-func (c *collector) list(ctx context.Context) ([]docker.APIContainers, error) {
+// since it failed, is first asked what it is, of which about is the answer; else it is nil.
+func (c *collector) list(ctx context.Context) (list []docker.APIContainers, about *info, err error) {
 	if c.met {
-		return c.engine.list(ctx)
+		list, err = c.engine.list(ctx)
+		return list, nil, err
 	}
 	server, err := c.engine.hello(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if c.host == "" {
-		name, err := c.engine.name(ctx)
-		var refused *docker.Error
-		switch {
-		case err == nil && name != "":
-			c.engineName = name
-		case err == nil || errors.As(err, &refused):
-			// A proxy before the engine may forbid it, which is no reason to give up.
-			c.log.Warn("the Docker engine does not tell its host's name, so this machine's is used; --host sets it",
-				"host", c.hostName(), "reason", errorText(err))
-		default:
-			return nil, err
-		}
-	}
-	list, err := c.engine.list(ctx)
-	if err != nil {
-		return nil, err
+	c.infoTrouble = ""
+	about = c.about(ctx)
+	if list, err = c.engine.list(ctx); err != nil {
+		return nil, nil, err
 	}
 	c.log.Info("Docker engine answers", "engine", server, "api", c.engine.api,
 		"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
 	c.met, c.trouble = true, ""
-	return list, nil
+	return list, about, nil
+}
+
+// about returns what the engine tells about itself: nothing, where it does not. A proxy
+// before the engine may forbid the question, which is no reason to give up the rest.
+func (c *collector) about(ctx context.Context) *info {
+	about, err := c.engine.info(ctx)
+	if err == nil {
+		c.engineName = about.Name
+	}
+	if isConnectionError(err) {
+		return &about // which is trouble of the engine as a whole
+	}
+	if text := errorText(err); text != c.infoTrouble {
+		c.infoTrouble = text
+		if err != nil {
+			c.log.Warn("the Docker engine does not tell about itself: no figures of all its containers, and this machine's name where it has not told its own; --host sets that",
+				"host", c.hostName(), "error", text)
+		}
+	}
+	return &about
 }
 
 // engineFailed logs what is wrong with the engine, where that is news.
@@ -187,10 +224,9 @@ func (c *collector) containerIs(known *container, err error) {
 	known.trouble = trouble
 }
 
-// remember takes over a list made since start: it returns what is known of the containers
-// in it, and forgets all others.
-func (c *collector) remember(list []docker.APIContainers, start time.Time) []*container {
-	running := make([]*container, 0, len(list))
+// remember takes over a list made since start, and forgets all that is not in it. It returns
+// the containers to ask, and how many there are beside them that another one's path keeps from that.
+func (c *collector) remember(list []docker.APIContainers, start time.Time) (asked []*container, collisions int) {
 	containers := make(map[string]*container, len(list))
 	for _, listed := range list {
 		name := containerName(listed.Names)
@@ -200,16 +236,46 @@ func (c *collector) remember(list []docker.APIContainers, start time.Time) []*co
 		}
 		known := c.containers[listed.ID]
 		if known == nil {
-			known = &container{id: listed.ID}
+			known = &container{id: listed.ID, created: listed.Created}
 		}
-		known.name = name
+		if known.name != name {
+			known.name, known.path = name, c.rule.path(name)
+		}
+		known.status = listed.Status
 		// If it was started since checkedAt, it is not up for longer than that.
 		known.restarted = known.startedAt.IsZero() || upAtLeast(listed.Status) < start.Round(0).Sub(known.checkedAt.Round(0))+2*time.Second
 		containers[listed.ID] = known
-		running = append(running, known)
 	}
-	c.containers = containers
-	return running
+	// Of those with one path, the one that has had it keeps it; at first, that is the oldest.
+	all := slices.SortedFunc(maps.Values(containers), func(a, b *container) int {
+		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.id, b.id))
+	})
+	holders := make(map[string]*container, len(containers))
+	for _, known := range all {
+		if c.holders[known.path] == known {
+			holders[known.path] = known
+		}
+	}
+	for _, known := range all {
+		holder := holders[known.path]
+		if holder == nil {
+			holder, holders[known.path] = known, known
+		}
+		if holder == known {
+			known.shadowed = ""
+			asked = append(asked, known)
+			continue
+		}
+		collisions++
+		known.last = nil
+		if known.shadowed != holder.name {
+			known.shadowed = holder.name
+			c.log.Warn("container left out: another one has the same name in its metrics; --prefix can tell them apart",
+				"container", known.name, "other", holder.name, "metrics", known.path)
+		}
+	}
+	c.containers, c.holders = containers, holders
+	return asked, collisions
 }
 
 // containerName returns a container's name out of those in a list: old engines give the
@@ -257,7 +323,7 @@ func upAtLeast(status string) time.Duration {
 
 // sample asks for one container and returns its metrics.
 func (c *collector) sample(ctx context.Context, known *container, start time.Time) ([]metric, error) {
-	body, windows, err := c.engine.stats(ctx, known.id)
+	body, from, err := c.engine.stats(ctx, known.id)
 	if err != nil {
 		var status *docker.Error
 		if errors.As(err, &status) && status.Status >= 500 {
@@ -272,169 +338,36 @@ func (c *collector) sample(ctx context.Context, known *container, start time.Tim
 	if err != nil {
 		return nil, err
 	}
-	path := c.rule.path(known.name)
-	metrics := stats.flatten(path, windows)
-
+	f := stats.flatten(known.path, from, c.per)
 	if known.restarted {
 		now, err := c.engine.inspect(ctx, known.id)
 		if err != nil {
-			return metrics, fmt.Errorf("its uptime: %w", err)
+			known.last = nil // since nobody knows whether it was restarted
+			return f.metrics, fmt.Errorf("its uptime: %w", err)
 		}
-		known.startedAt = now.State.StartedAt
+		known.startedAt, known.restarts = now.State.StartedAt, uint64(max(now.RestartCount, 0))
 	}
 	known.checkedAt = start
+	sample := stats.cpuSample(known.startedAt, from)
+	if percent, ok := sample.percentSince(known.last, from); ok {
+		f.addDecimal(".cpu.percent", percent)
+	}
+	known.last = sample
+
+	// What is not of the stats answer is of the sweep.
+	f.at = start.Unix()
 	if !known.startedAt.IsZero() {
 		up := max(start.Sub(known.startedAt), 0) // the engine's clock can be ahead of ours
-		metrics = append(metrics, metric{path + ".uptime", uint64(up / time.Second), start.Unix()})
+		f.addCount(".uptime", int(up/time.Second))
 	}
-	return metrics, nil
-}
-
-// stats is what is used of a stats answer. What the engine did not send is nil.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
-type stats struct {
-	Read time.Time `json:"read"`
-	CPU  struct {
-		Usage struct {
-			Total  *uint64 `json:"total_usage"`         // ns; Windows: 100 ns
-			Kernel *uint64 `json:"usage_in_kernelmode"` // the same
-			User   *uint64 `json:"usage_in_usermode"`   // the same
-		} `json:"cpu_usage"`
-		System *uint64 `json:"system_cpu_usage"` // ns
-	} `json:"cpu_stats"`
-	Memory struct {
-		Usage    *uint64 `json:"usage"`
-		MaxUsage *uint64 `json:"max_usage"`
-		Limit    *uint64 `json:"limit"`
-		Stats    struct {
-			TotalCache *uint64 `json:"total_cache"` // cgroup v1
-			Cache      *uint64 `json:"cache"`       // cgroup v1, without its children
-			File       *uint64 `json:"file"`        // cgroup v2
-		} `json:"stats"`
-	} `json:"memory_stats"` // bytes
-	Networks map[string]network `json:"networks"`
-	Network  *network           `json:"network"` // before API 1.21
-}
-
-// network counts what went through one interface.
-type network struct {
-	RxBytes   *uint64 `json:"rx_bytes"`
-	RxPackets *uint64 `json:"rx_packets"`
-	RxErrors  *uint64 `json:"rx_errors"`
-	RxDropped *uint64 `json:"rx_dropped"`
-	TxBytes   *uint64 `json:"tx_bytes"`
-	TxPackets *uint64 `json:"tx_packets"`
-	TxErrors  *uint64 `json:"tx_errors"`
-	TxDropped *uint64 `json:"tx_dropped"`
-}
-
-// decodeStats reads a stats answer. One of a container that does not run, which has no
-// time or, from Podman, nothing in it, is errStopped.
-func decodeStats(body []byte) (*stats, error) {
-	if len(body) == 0 {
-		return nil, errStopped
-	}
-	var s stats
-	err := json.Unmarshal(body, &s)
-	var kind *json.UnmarshalTypeError
+	f.add(".restarts", &known.restarts)
 	switch {
-	case errors.As(err, &kind) && kind.Field == "":
-		return nil, rubbish{fmt.Errorf("its stats answer is a JSON %s, not an object", kind.Value)}
-	case errors.As(err, &kind):
-		return nil, rubbish{fmt.Errorf("its stats answer has %s for %s", kind.Value, kind.Field)}
-	case err != nil:
-		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
-	case s.Read.IsZero():
-		return nil, errStopped
+	case strings.Contains(known.status, "(healthy)"):
+		f.addCount(".health", 1)
+	case strings.Contains(known.status, "(unhealthy)"):
+		f.addCount(".health", 0)
 	}
-	return &s, nil
-}
-
-// flatten makes metrics of s, under path. What is not there is not sent: absent is not 0.
-func (s *stats) flatten(path string, windows bool) []metric {
-	metrics := make([]metric, 0, 20) // all of them, and the uptime
-	at := s.Read.Unix()
-	add := func(name string, value *uint64) {
-		if value != nil {
-			metrics = append(metrics, metric{path + name, *value, at})
-		}
-	}
-
-	cpu := s.CPU.Usage
-	if windows {
-		cpu.Total, cpu.Kernel, cpu.User = times100(cpu.Total), times100(cpu.Kernel), times100(cpu.User)
-	}
-	add(".cpu.total", cpu.Total)
-	add(".cpu.kernel", cpu.Kernel)
-	add(".cpu.user", cpu.User)
-	add(".cpu.system", s.CPU.System)
-
-	memory := s.Memory
-	cache := firstOf(memory.Stats.TotalCache, memory.Stats.Cache, memory.Stats.File)
-	add(".memory.usage", memory.Usage)
-	add(".memory.limit", memory.Limit)
-	add(".memory.max_usage", memory.MaxUsage)
-	add(".memory.cache", cache)
-	if memory.Usage != nil && cache != nil {
-		active := *memory.Usage - min(*cache, *memory.Usage)
-		add(".memory.active", &active)
-	}
-
-	total := s.totalNetwork()
-	add(".network.rx_bytes", total.RxBytes)
-	add(".network.rx_packets", total.RxPackets)
-	add(".network.rx_errors", total.RxErrors)
-	add(".network.rx_dropped", total.RxDropped)
-	add(".network.tx_bytes", total.TxBytes)
-	add(".network.tx_packets", total.TxPackets)
-	add(".network.tx_errors", total.TxErrors)
-	add(".network.tx_dropped", total.TxDropped)
-	return metrics
-}
-
-// totalNetwork returns the sums over all interfaces.
-func (s *stats) totalNetwork() network {
-	var total network
-	if len(s.Networks) == 0 && s.Network != nil {
-		return *s.Network
-	}
-	for _, n := range s.Networks {
-		total.RxBytes = sum(total.RxBytes, n.RxBytes)
-		total.RxPackets = sum(total.RxPackets, n.RxPackets)
-		total.RxErrors = sum(total.RxErrors, n.RxErrors)
-		total.RxDropped = sum(total.RxDropped, n.RxDropped)
-		total.TxBytes = sum(total.TxBytes, n.TxBytes)
-		total.TxPackets = sum(total.TxPackets, n.TxPackets)
-		total.TxErrors = sum(total.TxErrors, n.TxErrors)
-		total.TxDropped = sum(total.TxDropped, n.TxDropped)
-	}
-	return total
-}
-
-func sum(a, b *uint64) *uint64 {
-	if a == nil || b == nil {
-		return firstOf(a, b)
-	}
-	total := *a + *b
-	return &total
-}
-
-func times100(a *uint64) *uint64 {
-	if a == nil {
-		return nil
-	}
-	product := *a * 100
-	return &product
-}
-
-// firstOf returns the first of its arguments that is there.
-func firstOf(values ...*uint64) *uint64 {
-	for _, value := range values {
-		if value != nil {
-			return value
-		}
-	}
-	return nil
+	return f.metrics, nil
 }
 
 // isGone tells whether err says that a container does not run any more.

@@ -2,13 +2,11 @@ package main
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,95 +15,10 @@ import (
 	docker "github.com/fsouza/go-dockerclient"
 )
 
-var update = flag.Bool("update", false, "write the golden files anew")
-
-func asLines(metrics []metric) string {
-	var lines []byte
-	for _, m := range metrics {
-		lines = m.appendLine(lines)
-	}
-	return string(lines)
-}
-
-// From an answer of a real engine to the lines that Carbon gets; `go test -run Golden -update`
-// writes the files anew. Answers of containers that do not run have empty ones.
-func TestGoldenMetrics(t *testing.T) {
-	answers, err := filepath.Glob("testdata/engine/*/stats-*.json")
-	if err != nil || len(answers) < 20 {
-		t.Fatalf("recorded answers: %q %v", answers, err)
-	}
-	for _, file := range answers {
-		body, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var got string
-		switch stats, err := decodeStats(body); {
-		case err == nil:
-			got = asLines(stats.flatten("c", strings.Contains(file, "windows")))
-		case err != errStopped:
-			t.Errorf("%s: %v", file, err)
-		}
-		golden := strings.TrimSuffix(file, ".json") + ".golden"
-		if *update {
-			if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}
-		want, err := os.ReadFile(golden)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got != string(want) {
-			t.Errorf("%s makes\n%swant\n%s", file, got, want)
-		}
-	}
-}
-
-func TestAbsentIsNotZero(t *testing.T) {
-	const at = `"read":"2026-11-23T04:54:40.9Z",`
-	for _, test := range []struct{ why, answer, want string }{
-		{"nothing", `{` + at + `"x":1}`, ""},
-		{"nulls", `{` + at + `"networks":null,"memory_stats":{"usage":null,"stats":null},"cpu_stats":null}`, ""},
-		{"no interfaces", `{` + at + `"networks":{}}`, ""},
-		{"a zero that was sent", `{` + at + `"memory_stats":{"usage":0}}`, "c.memory.usage 0 1795409680\n"},
-		{"all digits", `{` + at + `"memory_stats":{"limit":18446744073709551615}}`, "c.memory.limit 18446744073709551615 1795409680\n"},
-		{"cgroup v1: the children count", `{` + at + `"memory_stats":{"usage":10,"stats":{"total_cache":4,"cache":1,"file":2}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.cache 4 1795409680\nc.memory.active 6 1795409680\n"},
-		{"cgroup v1 of old", `{` + at + `"memory_stats":{"usage":10,"stats":{"cache":1}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.cache 1 1795409680\nc.memory.active 9 1795409680\n"},
-		{"more cache than usage", `{` + at + `"memory_stats":{"usage":10,"stats":{"file":11}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.cache 11 1795409680\nc.memory.active 0 1795409680\n"},
-		{"cache without usage", `{` + at + `"memory_stats":{"stats":{"file":11}}}`, "c.memory.cache 11 1795409680\n"},
-		{"before API 1.21", `{` + at + `"network":{"rx_bytes":1,"tx_errors":0}}`,
-			"c.network.rx_bytes 1 1795409680\nc.network.tx_errors 0 1795409680\n"},
-		{"sums over interfaces", `{` + at + `"networks":{"eth0":{"rx_bytes":1,"tx_bytes":5},"eth1":{"rx_bytes":2}}}`,
-			"c.network.rx_bytes 3 1795409680\nc.network.tx_bytes 5 1795409680\n"},
-	} {
-		stats, err := decodeStats([]byte(test.answer))
-		if err != nil {
-			t.Errorf("%s: %v", test.why, err)
-			continue
-		}
-		if got := asLines(stats.flatten("c", false)); got != test.want {
-			t.Errorf("%s: got\n%swant\n%s", test.why, got, test.want)
-		}
-	}
-
-	// Windows counts CPU time in 100 ns, and its system_cpu_usage not at all.
-	stats, err := decodeStats([]byte(`{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":3,"usage_in_kernelmode":2}}}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got, want := asLines(stats.flatten("c", true)), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
-		t.Errorf("Windows: got\n%swant\n%s", got, want)
-	}
-}
-
 func TestSweep(t *testing.T) {
 	r := newReplay(t, "cgroup2")
 	c, log := r.collector(t, 10*time.Second)
-	c.rule = rule{regexp.MustCompile(`^fx-`), "shop."}
+	c.rule, c.per = rule{regexp.MustCompile(`^fx-`), "shop."}, details{true, true, true}
 	before := time.Now().Unix()
 	result := c.sweep(t.Context())
 	after := time.Now().Unix()
@@ -121,7 +34,7 @@ func TestSweep(t *testing.T) {
 	for _, want := range []string{
 		`(?m)^shop\.two\.uptime \d+ (\d+)$`,
 		`(?m)^vmtest\.containers\.total 6 (\d+)$`,
-		`(?m)^vmtest\.metrics\.duration [1-9]\d{5,9} (\d+)$`, // 1 ms to 10 s
+		`(?m)^vmtest\.metrics\.duration [1-9]\d{5,9} (\d+)$`, // 0.1 ms to 10 s
 	} {
 		found := regexp.MustCompile(want).FindStringSubmatch(lines)
 		if found == nil {
@@ -152,22 +65,89 @@ func TestHostName(t *testing.T) {
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
 		t.Errorf("--host made\n%s", lines)
 	}
-	if asked := r.questions(); slices.Contains(asked, "/info") {
-		t.Errorf("with --host, there is nothing to ask of /info, but: %s", asked)
-	}
+}
 
-	// A proxy before the engine that forbids /info costs a warning, no more.
+// A proxy before the engine that forbids /info costs the host's figures and one warning, no more.
+func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 	own, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
 	}
+	r := newReplay(t, "cgroup2")
 	r.on("/info", answerWith(http.StatusForbidden, "no"))
 	c, log := r.collector(t, 10*time.Second)
-	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") {
-		t.Errorf("without /info it is\n%s", lines)
+	for range 2 {
+		result := c.sweep(t.Context())
+		lines := asLines(result.metrics)
+		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") || strings.Contains(lines, ".containers.paused ") || !strings.Contains(lines, "\nfx-two.uptime ") {
+			t.Errorf("without /info it is %v\n%s", result.err, lines)
+		}
 	}
-	if got := log.take(); !strings.Contains(got, "level=WARN") || !strings.Contains(got, "--host sets it") {
+	if got := log.take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+` error="API error (403): no"`) {
 		t.Errorf("logged %s", got)
+	}
+	r.on("/info", nil)
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nvmtest.containers.paused 1 ") {
+		t.Errorf("with /info again it is\n%s", lines)
+	}
+}
+
+// The engine's and the sweep's own figures.
+func TestHostFigures(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	r.on("/containers/fx-two/stats", answerWith(500, "{}"))
+	c, _ := r.collector(t, 10*time.Second)
+	c.rule = rule{regexp.MustCompile(`^fx-(paused|host)$`), "same"}
+	result := c.sweep(t.Context())
+	if result.running != 6 {
+		t.Errorf("%d are running", result.running)
+	}
+	lines := asLines(result.metrics)
+	for _, want := range []string{
+		// From the recorded /info
+		"containers.running 5", "containers.paused 1", "containers.stopped 1",
+		// fx-web is gone, fx-two fails, one of two is left out, three are left.
+		"containers.total 6", "metrics.sampled 3", "metrics.failed 1", "metrics.collisions 1",
+	} {
+		if !strings.Contains(lines, "\nvmtest."+want+" ") {
+			t.Errorf("want vmtest.%s, got\n%s", want, lines)
+		}
+	}
+}
+
+// Two containers with one path would overwrite each other: the one that has had it keeps it, and
+// when it goes, the other takes over.
+func TestCollisions(t *testing.T) {
+	log := &logged{}
+	c := &collector{log: log.logger(), rule: rule{regexp.MustCompile(`-\d$`), ""}}
+	listed := func(name string, created int64) docker.APIContainers {
+		return docker.APIContainers{ID: name, Names: []string{"/" + name}, Created: created}
+	}
+	for _, test := range []struct {
+		why        string
+		list       []docker.APIContainers
+		asked      string
+		collisions int
+		log        string
+	}{
+		{"at first it is the oldest", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20), listed("db-1", 50)}, "web-2 db-1", 1,
+			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-3 other=web-2 metrics=web` + "\n"},
+		{"once is enough to say it", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20)}, "web-2", 1, ""},
+		{"then it is the one that has it", []docker.APIContainers{listed("web-1", 10), listed("web-2", 20)}, "web-2", 1,
+			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
+		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
+	} {
+		asked, collisions := c.remember(test.list, time.Now())
+		var names []string
+		for _, known := range asked {
+			names = append(names, known.name)
+		}
+		if got := strings.Join(names, " "); got != test.asked || collisions != test.collisions {
+			t.Errorf("%s: asked %s, %d collisions", test.why, got, collisions)
+		}
+		if got := log.take(); got != test.log {
+			t.Errorf("%s: logged %s", test.why, got)
+		}
 	}
 }
 
@@ -182,6 +162,9 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		"is not JSON":     {answerWith(200, `<html>`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '<' looking for beginning of value"`, 1},
 		"is cut":          {answerWith(200, `{"read":"2026-11-23T`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: unexpected end of JSON input"`, 1},
 		"has a wrong one": {answerWith(200, `{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number -1 for memory_stats.usage"`, 1},
+		"is huge":         {answerWith(200, strings.Repeat(" ", 50<<20)), `level=ERROR msg="container cannot be read" container=fx-two error="the answer has over 2097152 bytes"`, 1},
+		"is deep":         {answerWith(200, `{"read":`+strings.Repeat("[", 20_000)), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '[' exceeded max depth"`, 1},
+		"has a huge one":  {answerWith(200, `{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
 		"is an array":     {answerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
 		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
 		"fails":           {answerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
@@ -204,10 +187,13 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 				if result.err != nil || result.failed != test.failed || result.running != 6 {
 					t.Errorf("%d of %d failed, %v", result.failed, result.running, result.err)
 				}
-				if missing := len(well.metrics) - len(result.metrics); missing != 17 {
-					t.Errorf("%d metrics are missing, want the 17 of one container", missing)
+				lines := asLines(result.metrics)
+				for _, name := range []string{"idle", "busy", "host", "paused", "web"} {
+					if got, want := strings.Count(lines, "fx-"+name+"."), strings.Count(asLines(well.metrics), "fx-"+name+"."); got < want {
+						t.Errorf("it cost fx-%s %d of its %d metrics", name, want-got, want)
+					}
 				}
-				if lines := asLines(result.metrics); strings.Contains(lines, "fx-two") {
+				if strings.Contains(lines, "fx-two") {
 					t.Errorf("it still has metrics:\n%s", lines)
 				}
 			}
@@ -216,8 +202,8 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			}
 
 			r.on("/containers/fx-two/stats", nil)
-			if result := c.sweep(t.Context()); len(result.metrics) != len(well.metrics) {
-				t.Errorf("well again, it has %d metrics, want %d", len(result.metrics), len(well.metrics))
+			if lines := asLines(c.sweep(t.Context()).metrics); strings.Count(lines, "fx-two.") < strings.Count(asLines(well.metrics), "fx-two.") {
+				t.Errorf("well again, there is\n%s", lines)
 			}
 			got := log.take()
 			if test.failed > 0 && got != "level=INFO msg=\"container can be read again\" container=fx-two\n" || test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
@@ -374,7 +360,8 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	status := "Up Less than a second"
 	inspected := func(at time.Time) bool {
 		t.Helper()
-		known := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, at)[0]
+		asked, _ := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, at)
+		known := asked[0]
 		if known.restarted {
 			known.startedAt = at
 		}
@@ -410,8 +397,9 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 		t.Errorf("the first sweep asked %s", asked) // the list and an inspect each
 	}
 	lines := asLines(c.sweep(t.Context()).metrics)
-	if asked := strings.Join(r.questions(), " "); strings.Count(asked, "/json") != 1 {
-		t.Errorf("the second sweep asked %s", asked)
+	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats /containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats /containers/json /info"
+	if asked := strings.ReplaceAll(strings.Join(r.questions(), " "), "?stream=false&one-shot=true", ""); asked != want {
+		t.Errorf("the second sweep asked %s, want %s", asked, want)
 	}
 	if strings.Count(lines, ".uptime ") != 5 {
 		t.Errorf("the second sweep made\n%s", lines)
@@ -439,7 +427,7 @@ func TestContainerName(t *testing.T) {
 	// Entries without one, or there twice, are left out: they could not be told apart.
 	c := &collector{log: (&logged{}).logger()}
 	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
-	if got := c.remember(list, time.Now()); len(got) != 1 || got[0].name != "a" {
-		t.Errorf("remembered %v", got)
+	if got, collisions := c.remember(list, time.Now()); len(got) != 1 || got[0].name != "a" || collisions != 0 {
+		t.Errorf("remembered %v, %d collisions", got, collisions)
 	}
 }

@@ -33,7 +33,7 @@ const (
 	maxAnswer = 64 << 20
 	// maxStats bounds a stats answer, in bytes. One of two networks has 2 KB, one
 	// of a thousand block devices on cgroup v1 1 MB.
-	maxStats = 4 << 20
+	maxStats = 2 << 20
 )
 
 // engine is a Docker engine, or something else that speaks its API. It is only ever
@@ -208,18 +208,26 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	return resp.header.Get("Server"), nil
 }
 
-// name returns the engine's own name, which is that of its host.
+// info is what is used of what an engine tells about itself.
+type info struct {
+	Name    string  // that of its host
+	Running *uint64 `json:"ContainersRunning"`
+	Paused  *uint64 `json:"ContainersPaused"`
+	Stopped *uint64 `json:"ContainersStopped"`
+}
+
+// info asks the engine about itself.
 // https://docs.docker.com/reference/api/engine/version/v1.41/#tag/System/operation/SystemInfo
-func (e *engine) name(ctx context.Context) (string, error) {
+func (e *engine) info(ctx context.Context) (info, error) {
 	resp, err := e.get(ctx, "/info", maxStats)
 	if err != nil {
-		return "", err
+		return info{}, err
 	}
-	var info struct{ Name string }
-	if err := json.Unmarshal(resp.body, &info); err != nil {
-		return "", rubbish{fmt.Errorf("/info: %w", err)}
+	var i info
+	if err := json.Unmarshal(resp.body, &i); err != nil {
+		return info{}, rubbish{fmt.Errorf("/info: %w", err)}
 	}
-	return info.Name, nil
+	return i, nil
 }
 
 // list returns the running containers, the paused ones among them.
@@ -240,12 +248,14 @@ func (e *engine) inspect(ctx context.Context, id string) (*docker.Container, err
 	return container, plainly(ctx, err)
 }
 
-// stats returns a container's stats answer as it came, and whether it is one of a
-// Windows container. It is asked for with one-shot where the engine can: without it the
+// origin tells whose an answer is, where that makes a difference.
+type origin struct{ windows, podman bool }
+
+// stats returns a container's stats answer as it came, and whose it is. It is asked for with one-shot where the engine can: without it the
 // engine takes two samples, a second apart, for a percentage that nobody here reads.
 // go-dockerclient's own Stats has no one-shot, its HTTP client does as it is told.
 // https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
-func (e *engine) stats(ctx context.Context, id string) (body []byte, windows bool, err error) {
+func (e *engine) stats(ctx context.Context, id string) (body []byte, from origin, err error) {
 	query := "stream=false"
 	if e.oneShot {
 		query += "&one-shot=true"
@@ -253,12 +263,15 @@ func (e *engine) stats(ctx context.Context, id string) (body []byte, windows boo
 	resp, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, maxStats)
 	var status *docker.Error
 	if errors.As(err, &status) && status.Status == http.StatusNotFound {
-		return nil, false, &docker.NoSuchContainer{ID: id}
+		return nil, from, &docker.NoSuchContainer{ID: id}
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, from, err
 	}
-	return resp.body, resp.header.Get("Ostype") == "windows", nil
+	// os_type in the body came with API 1.52 only.
+	from.windows = resp.header.Get("Ostype") == "windows"
+	from.podman = resp.header.Get("Libpod-Api-Version") != ""
+	return resp.body, from, nil
 }
 
 type answer struct {

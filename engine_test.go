@@ -206,7 +206,7 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 					return
 				}
 			}
-		}, `^the answer has over 4194304 bytes$`, false},
+		}, `^the answer has over 2097152 bytes$`, false},
 		{"is removed", answerWith(404, `{"message":"No such container: x"}`), `^No such container: ` + id, false},
 		{"fails", answerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`, false},
 		{"fails without JSON", answerWith(502, "\n\n<html>\x1b[31m\n"), `^API error \(502\): <html>\[31m$`, false},

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -18,11 +19,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/docker/go-units"
 	docker "github.com/fsouza/go-dockerclient"
 )
 
@@ -58,6 +61,20 @@ func connect(t *testing.T, address string) *liveEngine {
 		noEngine(t, "no Docker engine at %s: %v", address, err)
 	}
 	e := &liveEngine{client, address, fmt.Sprintf("docker-stats-to-backstop-test:%s-%d", strings.ToLower(t.Name()), os.Getpid())}
+	root, err := os.Open(busyboxTar(t, t.TempDir()))
+	must(t, err)
+	defer root.Close()
+	repository, tag, _ := strings.Cut(e.image, ":")
+	must(t, client.ImportImage(docker.ImportImageOptions{
+		Repository: repository, Tag: tag, Source: "-", InputStream: root, OutputStream: io.Discard,
+	}))
+	t.Cleanup(func() { client.RemoveImageExtended(e.image, docker.RemoveImageOptions{Force: true}) })
+	return e
+}
+
+// busyboxTar makes a tar of a root with /busybox in it, in dir, and returns its path.
+func busyboxTar(t *testing.T, dir string) string {
+	t.Helper()
 	busybox, err := os.ReadFile("/bin/busybox")
 	if err != nil {
 		noEngine(t, "no static busybox to make an image of: %v", err)
@@ -67,14 +84,9 @@ func connect(t *testing.T, address string) *liveEngine {
 	archive.WriteHeader(&tar.Header{Name: "busybox", Mode: 0o755, Size: int64(len(busybox))})
 	archive.Write(busybox)
 	archive.Close()
-	repository, tag, _ := strings.Cut(e.image, ":")
-	if err := client.ImportImage(docker.ImportImageOptions{
-		Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard,
-	}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { client.RemoveImageExtended(e.image, docker.RemoveImageOptions{Force: true}) })
-	return e
+	path := filepath.Join(dir, "root.tar")
+	must(t, os.WriteFile(path, root.Bytes(), 0o600))
+	return path
 }
 
 // name returns the name of a container of this test, in this run of it.
@@ -125,14 +137,14 @@ func byName(t *testing.T, metrics []metric) map[string]metric {
 	t.Helper()
 	named := map[string]metric{}
 	for _, m := range metrics {
-		if name, ok := strings.CutPrefix(m.Name, "test."); ok {
+		if name, ok := strings.CutPrefix(m.name, "test."); ok {
 			if old, double := named[name]; double {
 				t.Errorf("%s is there twice: %v and %v", name, old, m)
 			}
 			named[name] = m
 		}
-		if !goodName.MatchString(m.Name) || badEnd.MatchString(m.Name) {
-			t.Errorf("%s is not a name that Graphite can keep", m.Name)
+		if !goodName.MatchString(m.name) || badEnd.MatchString(m.name) {
+			t.Errorf("%s is not a name that Graphite can keep", m.name)
 		}
 	}
 	return named
@@ -162,7 +174,7 @@ func TestLiveContainers(t *testing.T) {
 	for _, name := range []string{"cpu.total", "cpu.kernel", "cpu.user", "cpu.system", "memory.usage", "memory.limit", "uptime",
 		"network.rx_bytes", "network.rx_packets", "network.rx_errors", "network.rx_dropped",
 		"network.tx_bytes", "network.tx_packets", "network.tx_errors", "network.tx_dropped"} {
-		at := time.Unix(first["busy."+name].Time, 0)
+		at := time.Unix(first["busy."+name].time, 0)
 		if at.Before(begin.Add(-2*time.Second)) || at.After(time.Now()) {
 			t.Errorf("busy.%s is of %s", name, at)
 		}
@@ -172,39 +184,39 @@ func TestLiveContainers(t *testing.T) {
 			}
 		}
 	}
-	if limit := first["busy.memory.limit"].Value; limit != 32<<20 {
+	if limit := first["busy.memory.limit"].value.n; limit != 32<<20 {
 		t.Errorf("busy.memory.limit is %d, it was given 32 MiB", limit)
 	}
-	if up := first["busy.uptime"].Value; up > 30 {
+	if up := first["busy.uptime"].value.n; up > 30 {
 		t.Errorf("busy.uptime is %d s", up)
 	}
 	info, err := e.Info()
 	must(t, err)
 	total := metric{}
 	for _, m := range result.metrics {
-		if m.Name == graphiteNode(info.Name)+".containers.total" {
+		if m.name == graphiteNode(info.Name)+".containers.total" {
 			total = m
 		}
 	}
-	if total.Value < 3 || int(total.Value) != result.running {
-		t.Errorf("%s.containers.total is %d", graphiteNode(info.Name), total.Value)
+	if total.value.n < 3 || int(total.value.n) != result.running {
+		t.Errorf("%s.containers.total is %d", graphiteNode(info.Name), total.value.n)
 	}
 
 	// Work shows.
 	for deadline := time.Now().Add(time.Minute); ; {
 		now := byName(t, c.sweep(t.Context()).metrics)
-		if now["busy.cpu.total"].Value > first["busy.cpu.total"].Value+uint64(200*time.Millisecond) {
+		if now["busy.cpu.total"].value.n > first["busy.cpu.total"].value.n+uint64(200*time.Millisecond) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("busy.cpu.total went from %d to %d in a minute of work", first["busy.cpu.total"].Value, now["busy.cpu.total"].Value)
+			t.Fatalf("busy.cpu.total went from %d to %d in a minute of work", first["busy.cpu.total"].value.n, now["busy.cpu.total"].value.n)
 		}
 	}
 
 	// A paused container still runs, as far as the engine is concerned.
 	must(t, e.PauseContainer(busy))
 	paused := byName(t, c.sweep(t.Context()).metrics)
-	if paused["busy.memory.usage"].Value == 0 {
+	if paused["busy.memory.usage"].value.n == 0 {
 		t.Errorf("paused, there is %v", paused)
 	}
 	must(t, e.UnpauseContainer(busy))
@@ -212,7 +224,7 @@ func TestLiveContainers(t *testing.T) {
 	// Renamed, it goes by its new name.
 	must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy, Name: e.name(t, "renamed")}))
 	renamed := byName(t, c.sweep(t.Context()).metrics)
-	if renamed["renamed.cpu.total"].Value < first["busy.cpu.total"].Value || renamed["busy.cpu.total"] != (metric{}) {
+	if renamed["renamed.cpu.total"].value.n < first["busy.cpu.total"].value.n || renamed["busy.cpu.total"] != (metric{}) {
 		t.Errorf("renamed, there is %v", renamed)
 	}
 
@@ -247,8 +259,179 @@ func TestLiveContainers(t *testing.T) {
 
 func uptimeIs(t *testing.T, uptime metric, since time.Time) {
 	t.Helper()
-	if want := time.Unix(uptime.Time, 0).Sub(since); time.Duration(uptime.Value)*time.Second > want+time.Second || time.Duration(uptime.Value)*time.Second < want-time.Second {
+	if want := time.Unix(uptime.time, 0).Sub(since); time.Duration(uptime.value.n)*time.Second > want+time.Second || time.Duration(uptime.value.n)*time.Second < want-time.Second {
 		t.Errorf("the uptime is %v, it was started at %s", uptime, since)
+	}
+}
+
+// dockerStats is what the docker command prints of a container, field by field.
+func (e *liveEngine) dockerStats(t *testing.T, id string) (memory, memoryPercent string, cpuPercent float64) {
+	t.Helper()
+	command, err := exec.LookPath("docker")
+	if err != nil {
+		noEngine(t, "no docker command to compare with: %v", err)
+	}
+	out, err := exec.Command(command, "--host", e.address, "stats", "--no-stream", "--format", "{{.MemUsage}}|{{.MemPerc}}|{{.CPUPerc}}", id).Output()
+	must(t, err)
+	fields := strings.Split(strings.TrimSpace(string(out)), "|")
+	if len(fields) != 3 {
+		t.Fatalf("docker stats printed %s", out)
+	}
+	memory, _, _ = strings.Cut(fields[0], " / ")
+	cpuPercent, err = strconv.ParseFloat(strings.TrimSuffix(fields[2], "%"), 64)
+	must(t, err)
+	return memory, strings.TrimSuffix(fields[1], "%"), cpuPercent
+}
+
+// Of memory that does not change, docker stats prints the very same; it rounds to four digits.
+func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
+	e := usualEngine(t)
+	c, _ := e.collector(t)
+	// A file that was written and read once is page cache that is not in use, the one part that is left out.
+	id := e.run(t, "cache", "/busybox dd if=/dev/zero of=/file bs=1M count=8; /busybox cat /file >/null; echo done >/done; exec /busybox sleep 600", docker.HostConfig{Memory: 64 << 20})
+	awaitFile(t, e, id, "/done")
+	var ours, theirs string
+	for range 10 { // the kernel may still be at work on the cache
+		memory, percent, _ := e.dockerStats(t, id)
+		named := byName(t, c.sweep(t.Context()).metrics)
+		usage, workingSet := named["cache.memory.usage"].value.n, named["cache.memory.working_set"].value.n
+		if usage-workingSet < 1<<20 {
+			t.Fatalf("usage %d, working set %d: there is no cache to leave out", usage, workingSet)
+		}
+		percentage, err := strconv.ParseFloat(string(named["cache.memory.percent"].value.append(nil)), 64)
+		must(t, err)
+		ours = fmt.Sprintf("%s %.2f", units.BytesSize(float64(workingSet)), percentage)
+		theirs = memory + " " + percent
+		if ours == theirs {
+			return
+		}
+	}
+	t.Errorf("memory is %s, docker stats prints %s", ours, theirs)
+}
+
+// awaitFile waits until a container has made a file.
+func awaitFile(t *testing.T, e *liveEngine, id, path string) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		err := e.DownloadFromContainer(id, docker.DownloadFromContainerOptions{Path: path, OutputStream: io.Discard})
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no %s after a minute: %v", path, err)
+		}
+	}
+}
+
+// Of a steady load, cpu.percent is what docker stats prints. That looks at one second, so at ten periods of the
+// limit, one more or less of which is 3 points; ours is the mean over all the time between. Five points are
+// room for a machine that does other things as well.
+func TestLiveCPUIsThatOfDockerStats(t *testing.T) {
+	e := usualEngine(t)
+	c, _ := e.collector(t)
+	id := e.run(t, "steady", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{CPUPeriod: 100_000, CPUQuota: 30_000})
+	if first := byName(t, c.sweep(t.Context()).metrics); first["steady.cpu.percent"] != (metric{}) {
+		t.Errorf("a first sample has the percentage %v", first["steady.cpu.percent"])
+	}
+	const looks = 5
+	var theirs float64
+	for range looks {
+		_, _, percent := e.dockerStats(t, id)
+		theirs += percent / looks
+	}
+	now := byName(t, c.sweep(t.Context()).metrics)
+	ours, err := strconv.ParseFloat(string(now["steady.cpu.percent"].value.append(nil)), 64)
+	must(t, err)
+	if math.Abs(ours-theirs) > 5 || ours > 33 {
+		t.Errorf("cpu.percent is %v, docker stats prints %v on average; the limit is 30", ours, theirs)
+	}
+
+	must(t, e.RestartContainer(id, 0))
+	if again := byName(t, c.sweep(t.Context()).metrics); again["steady.cpu.total"] == (metric{}) || again["steady.cpu.percent"] != (metric{}) {
+		t.Errorf("after a restart there is the percentage %v", again["steady.cpu.percent"])
+	}
+	if last := byName(t, c.sweep(t.Context()).metrics); last["steady.cpu.percent"] == (metric{}) {
+		t.Errorf("at the second sample after a restart, there is no percentage")
+	}
+}
+
+// Podman, through the API that it shares with Docker, with containers of its own.
+func TestLivePodman(t *testing.T) {
+	for _, command := range []string{"podman", "runc"} {
+		if _, err := exec.LookPath(command); err != nil || os.Getuid() != 0 {
+			noEngine(t, "a Podman of the test's own needs root and %s (%v)", command, err)
+		}
+	}
+	dir, err := os.MkdirTemp("", "dstb")
+	must(t, err)
+	podman := func(args ...string) *exec.Cmd {
+		return exec.Command("podman", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs", "--runtime", "runc"}, args...)...)
+	}
+	do := func(args ...string) {
+		t.Helper()
+		if out, err := podman(args...).CombinedOutput(); err != nil {
+			t.Fatalf("podman %s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+	}
+	t.Cleanup(func() {
+		podman("rm", "--all", "--force", "--time", "0").Run()
+		podman("rmi", "--all", "--force").Run()
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("cleaning up: %v", err)
+		}
+	})
+	do("import", busyboxTar(t, dir), "test")
+	// crun, the other runtime, is not to be found everywhere; nor may it raise its limits.
+	run := func(name, script string) {
+		do("run", "--detach", "--name", "dstb."+name, "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000",
+			"test", "/busybox", "timeout", "600", "/busybox", "sh", "-c", script)
+	}
+	run("busy", "while :; do :; done")
+	run("idle", "/busybox sleep 600")
+	run("stopped", "exit")
+	socket := dir + "/podman.sock"
+	service := podman("system", "service", "--time=0", "unix://"+socket)
+	must(t, service.Start())
+	t.Cleanup(func() {
+		service.Process.Kill()
+		service.Wait()
+	})
+	e, err := newEngine("unix://"+socket, 30*time.Second)
+	must(t, err)
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		if _, err = e.hello(t.Context()); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("podman system service: %v", err)
+		}
+	}
+
+	log := &logged{}
+	c := &collector{engine: e, rule: rule{regexp.MustCompile(`^dstb\.`), "test."}, log: log.logger()}
+	c.sweep(t.Context())
+	<-time.After(3 * time.Second) // the span that is measured
+	result := c.sweep(t.Context())
+	if got := log.take(); result.err != nil || result.failed > 0 || result.running != 2 || strings.Contains(got, "level=ERROR") {
+		t.Fatalf("%v, %d of %d failed: %s", result.err, result.failed, result.running, got)
+	}
+	named := byName(t, result.metrics)
+	for _, name := range []string{"cpu.total", "cpu.percent", "cpu.online", "memory.usage", "memory.working_set", "memory.limit", "pids.current", "uptime", "restarts"} {
+		for _, of := range []string{"busy.", "idle."} {
+			if _, there := named[of+name]; !there {
+				t.Errorf("there is no %s%s: %v", of, name, named)
+			}
+		}
+	}
+	if cache, there := named["busy.memory.cache"]; there {
+		t.Errorf("Podman sends no cache, but there is %v", cache)
+	}
+	// A loop that never rests takes what it can get of one CPU, and never more, which Podman's own idea of the
+	// host's CPU time would make of it.
+	busy, err := strconv.ParseFloat(string(named["busy.cpu.percent"].value.append(nil)), 64)
+	must(t, err)
+	if busy < 10 || busy > 105 {
+		t.Errorf("busy.cpu.percent is %v", busy)
 	}
 }
 
@@ -306,7 +489,7 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 		if result.err != nil || result.failed > 0 {
 			t.Errorf("%s: %v, %d failed: %s", test.why, result.err, result.failed, log.take())
 		}
-		if named["steady.cpu.total"].Value == 0 {
+		if named["steady.cpu.total"].value.n == 0 {
 			t.Errorf("%s: it cost another one its metrics: %v", test.why, named)
 		}
 		_, there := named[test.why+".cpu.total"]
@@ -339,7 +522,7 @@ func TestLiveBadAnswers(t *testing.T) {
 	c.engine.timeout = 5 * time.Second
 	result := c.sweep(t.Context())
 	named := byName(t, result.metrics)
-	if result.err != nil || result.failed != 2 || named["well.cpu.total"].Value == 0 || named["hangs.cpu.total"].Value != 0 || named["cut.cpu.total"].Value != 0 {
+	if result.err != nil || result.failed != 2 || named["well.cpu.total"].value.n == 0 || named["hangs.cpu.total"].value.n != 0 || named["cut.cpu.total"].value.n != 0 {
 		t.Errorf("%v, %d failed, %v", result.err, result.failed, named)
 	}
 	got := log.take()

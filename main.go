@@ -56,6 +56,8 @@ over the variable, and an empty variable counts as unset.
   --poll=DURATION   SRV_POLL       how often, such as 10s, 1m or 1m30s (default: 60s)
   --host=NAME       SRV_HOST       the prefix of this host's own metrics
                                    (default: the engine's name for its host)
+  --per=LIST        SRV_PER        finer series as well: core, interface, device, or several of
+                                   them with commas between (default: none)
   --once            SRV_ONCE       poll once, deliver, and exit: 0, or 1 if anything failed
   --verbose         SRV_VERBOSE    log every poll and delivery as well
   --version                        print the version and exit
@@ -75,6 +77,7 @@ type options struct {
 	rule     rule
 	poll     time.Duration
 	host     string
+	per      details
 	once     bool
 	verbose  bool
 	version  bool
@@ -103,7 +106,7 @@ func main() {
 func parseOptions(args []string) (*options, error) {
 	// All values are plain text for the flag package, and looked at below: its own error
 	// texts repeat the value, which may be a URL with a password.
-	var backstopURL, docker, prefix, poll, host, once, verbose, version string
+	var backstopURL, docker, prefix, poll, host, per, once, verbose, version string
 	flags := flag.NewFlagSet(program, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&backstopURL, "backstop", "-", "")
@@ -111,6 +114,7 @@ func parseOptions(args []string) (*options, error) {
 	flags.StringVar(&prefix, "prefix", "", "")
 	flags.StringVar(&poll, "poll", "60s", "")
 	flags.StringVar(&host, "host", "", "")
+	flags.StringVar(&per, "per", "", "")
 	flags.BoolFunc("once", "", func(text string) error { once = text; return nil })
 	flags.BoolFunc("verbose", "", func(text string) error { verbose = text; return nil })
 	flags.BoolFunc("version", "", func(text string) error { version = text; return nil })
@@ -145,7 +149,7 @@ func parseOptions(args []string) (*options, error) {
 	}
 
 	opts := &options{host: host}
-	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host"} {
+	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per"} {
 		if onLine[name] && flags.Lookup(name).Value.String() == "" {
 			return nil, fmt.Errorf("--%s is empty: give it a value, or leave it out for the default; see --help", name)
 		}
@@ -173,6 +177,19 @@ func parseOptions(args []string) (*options, error) {
 	if prefix != "" {
 		if opts.rule, err = parseRule(prefix); err != nil {
 			return nil, fmt.Errorf("%s: %w", from("prefix"), err)
+		}
+	}
+	for name := range strings.SplitSeq(per, ",") {
+		switch strings.TrimSpace(name) {
+		case "core":
+			opts.per.core = true
+		case "interface":
+			opts.per.iface = true
+		case "device":
+			opts.per.device = true
+		case "":
+		default:
+			return nil, fmt.Errorf("%s: there are no series per %q; write core, interface, device, or several of them with commas between", from("per"), name)
 		}
 	}
 	// A container that hangs must not cost the others their next poll.
@@ -247,19 +264,21 @@ func run(opts *options, log *slog.Logger) error {
 		})
 	})
 
-	to, post := "standard output", printTo(os.Stdout)
+	name, to := "standard output", printer(os.Stdout)
 	if opts.backstop != nil {
-		to, post = opts.backstop.String(), opts.backstop.post
+		name, to = opts.backstop.String(), destination{encode, opts.backstop.post}
 		if trouble := opts.backstop.passwordTrouble(); trouble != "" {
 			log.Warn(trouble)
 		}
 	}
-	queue := newQueue(post, log.With("to", to))
-	collector := &collector{engine: opts.engine, rule: opts.rule, host: opts.host, log: log}
+	queue := newQueue(to, log.With("to", name))
+	collector := &collector{engine: opts.engine, rule: opts.rule, per: opts.per, host: opts.host, log: log}
 	sweep := func(ctx context.Context) sweepResult {
 		start := time.Now()
 		result := collector.sweep(ctx)
-		queue.put(result.metrics)
+		if len(result.metrics) > 0 {
+			queue.put(append(result.metrics, queue.own(collector.hostName(), start)...))
+		}
 		log.Debug("swept", "running", result.running, "failed", result.failed,
 			"metrics", len(result.metrics), "took", time.Since(start).Round(time.Millisecond))
 		return result
@@ -275,7 +294,7 @@ func run(opts *options, log *slog.Logger) error {
 		return errors.Join(result.err, err)
 	}
 
-	log.Info("started", "version", version(), "to", to, "docker", opts.engine, "poll", opts.poll)
+	log.Info("started", "version", version(), "to", name, "docker", opts.engine, "poll", opts.poll)
 	delivered := make(chan error)
 	go func() { delivered <- queue.deliver(sending) }()
 	poll(ctx, func() schedule { return newSchedule(opts.poll, collector.hostName()) },

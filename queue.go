@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -14,38 +16,72 @@ import (
 const (
 	// maxBatch is how many metrics go into one request: Backstop needs 50 ms for them.
 	maxBatch = 5_000
-	// maxQueued is how many metrics wait at most, some 40 MB: those of 100 containers
-	// at a poll a minute for over four hours.
-	maxQueued = 500_000
+	// maxQueued is how many bytes of encoded metrics wait at most: those of 100 containers
+	// at a poll a minute for five hours.
+	maxQueued = 128 << 20
 )
+
+// destination is where metrics are delivered to.
+type destination struct {
+	encode func([]metric) []byte
+	post   func(ctx context.Context, body []byte) error
+}
 
 // queue stands between sampling and delivery: sampling puts metrics in and never waits,
 // deliver hands them to post, oldest first, and keeps what post did not get rid of.
 type queue struct {
-	post func(context.Context, []metric) error
-	log  *slog.Logger
+	to  destination
+	log *slog.Logger
 
 	mu      sync.Mutex
-	batches [][]metric    // oldest first
-	waiting int           // metrics in batches
+	batches []batch       // oldest first
+	bytes   int           // in batches
 	dropped int           // metrics given up for want of room since the last success
+	figures figures       // since the start
 	changed chan struct{} // holds one value where there is news for deliver
 	closed  chan struct{} // closed once nothing more is put in
 }
 
-func newQueue(post func(context.Context, []metric) error, log *slog.Logger) *queue {
-	return &queue{post: post, log: log, changed: make(chan struct{}, 1), closed: make(chan struct{})}
+// batch is what goes into one request.
+type batch struct {
+	body    []byte
+	metrics int
+	oldest  int64 // Unix seconds
+	tried   bool  // without success
+}
+
+// figures counts metrics.
+type figures struct{ sent, retried, dropped uint64 }
+
+func newQueue(to destination, log *slog.Logger) *queue {
+	return &queue{to: to, log: log, changed: make(chan struct{}, 1), closed: make(chan struct{})}
+}
+
+// own returns the metrics of the queue itself, of the host with that name in its metrics.
+func (q *queue) own(host string, at time.Time) []metric {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	now := at.Unix()
+	return []metric{
+		{host + ".metrics.sent", whole(q.figures.sent), now},
+		{host + ".metrics.retried", whole(q.figures.retried), now},
+		{host + ".metrics.dropped", whole(q.figures.dropped), now},
+		{host + ".metrics.spooled", whole(uint64(q.bytes)), now},
+	}
 }
 
 // put queues metrics. Where there is no room, the oldest are given up.
 func (q *queue) put(metrics []metric) {
+	var batches []batch
+	for part := range slices.Chunk(metrics, maxBatch) {
+		oldest := slices.MinFunc(part, func(a, b metric) int { return cmp.Compare(a.time, b.time) }).time
+		batches = append(batches, batch{body: q.to.encode(part), metrics: len(part), oldest: oldest})
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for len(metrics) > 0 {
-		n := min(len(metrics), maxBatch)
-		q.batches = append(q.batches, metrics[:n:n])
-		q.waiting += n
-		metrics = metrics[n:]
+	for _, b := range batches {
+		q.batches = append(q.batches, b)
+		q.bytes += len(b.body)
 	}
 	q.bound()
 	select {
@@ -56,37 +92,39 @@ func (q *queue) put(metrics []metric) {
 
 // bound gives up the oldest batches until the rest fits.
 func (q *queue) bound() {
-	for q.waiting > maxQueued {
+	for q.bytes > maxQueued {
+		oldest := q.batches[0]
 		if q.dropped == 0 {
 			q.log.Error("too many metrics wait to be delivered; from now on the oldest are given up",
-				"waiting", q.waiting, "oldest", time.Unix(q.batches[0][0].Time, 0).UTC())
+				"bytes", q.bytes, "oldest", time.Unix(oldest.oldest, 0).UTC())
 		}
-		q.waiting -= len(q.batches[0])
-		q.dropped += len(q.batches[0])
+		q.bytes -= len(oldest.body)
+		q.dropped += oldest.metrics
+		q.figures.dropped += uint64(oldest.metrics)
 		q.batches = q.batches[1:]
 	}
 }
 
-// take removes the oldest batch and returns it; nil if there is none.
-func (q *queue) take() []metric {
+// take removes the oldest batch and returns it; ok is false if there is none.
+func (q *queue) take() (b batch, ok bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if len(q.batches) == 0 {
 		q.batches = nil // lets go of what was before the first
-		return nil
+		return batch{}, false
 	}
-	batch := q.batches[0]
+	b = q.batches[0]
 	q.batches = q.batches[1:]
-	q.waiting -= len(batch)
-	return batch
+	q.bytes -= len(b.body)
+	return b, true
 }
 
 // giveBack undoes a take.
-func (q *queue) giveBack(batch []metric) {
+func (q *queue) giveBack(b batch) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.batches = append([][]metric{batch}, q.batches...)
-	q.waiting += len(batch)
+	q.batches = slices.Insert(q.batches, 0, b)
+	q.bytes += len(b.body)
 	q.bound()
 }
 
@@ -114,8 +152,8 @@ func (q *queue) deliver(ctx context.Context) error {
 		refused int       // metrics that were given up because they will never be taken
 	)
 	for {
-		batch := q.take()
-		if batch == nil {
+		batch, ok := q.take()
+		if !ok {
 			if q.isClosed() && q.empty() {
 				return lossOf(refused, "refused")
 			}
@@ -126,20 +164,23 @@ func (q *queue) deliver(ctx context.Context) error {
 			continue
 		}
 		start := time.Now()
-		err := q.post(ctx, batch)
+		err := q.to.post(ctx, batch.body)
 		var refusal *refusal
+		final := errors.As(err, &refusal) && refusal.isFinal()
+		q.count(batch, err == nil, final)
 		switch {
 		case err == nil:
-			q.log.Debug("delivered", "metrics", len(batch), "took", time.Since(start).Round(time.Millisecond))
+			q.log.Debug("delivered", "metrics", batch.metrics, "took", time.Since(start).Round(time.Millisecond))
 			pause.Reset()
 			if trouble != "" {
-				q.recovered(since, len(batch))
+				q.recovered(since, batch.metrics)
 				trouble = ""
 			}
-		case errors.As(err, &refusal) && refusal.isFinal():
-			q.log.Error("metrics refused; they are given up", "metrics", len(batch), "error", errorText(err))
-			refused += len(batch)
+		case final:
+			q.log.Error("metrics refused; they are given up", "metrics", batch.metrics, "error", errorText(err))
+			refused += batch.metrics
 		default:
+			batch.tried = true
 			q.giveBack(batch)
 			if trouble == "" {
 				since = start
@@ -167,12 +208,28 @@ func newBackOff() *backoff.ExponentialBackOff {
 	return b
 }
 
+// count keeps the figures of a try to deliver b.
+func (q *queue) count(b batch, sent, dropped bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := uint64(b.metrics)
+	if b.tried {
+		q.figures.retried += n
+	}
+	switch {
+	case sent:
+		q.figures.sent += n
+	case dropped:
+		q.figures.dropped += n
+	}
+}
+
 // recovered logs that deliveries succeed again.
 func (q *queue) recovered(since time.Time, delivered int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.log.Info("metrics are delivered again", "failed_for", time.Since(since).Round(time.Second),
-		"delivered", delivered, "waiting", q.waiting, "given_up", q.dropped)
+		"delivered", delivered, "waiting", q.waiting(), "given_up", q.dropped)
 	q.dropped = 0
 }
 
@@ -186,9 +243,18 @@ func (q *queue) empty() bool {
 func (q *queue) abandon() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	lost := q.waiting
-	q.batches, q.waiting = nil, 0
+	lost := q.waiting()
+	q.batches, q.bytes = nil, 0
 	return lost
+}
+
+// waiting returns how many metrics are in the queue. It is called with mu held.
+func (q *queue) waiting() int {
+	n := 0
+	for _, b := range q.batches {
+		n += b.metrics
+	}
+	return n
 }
 
 // lossOf is the error of having lost n metrics, nil for none.

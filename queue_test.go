@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -14,7 +15,7 @@ import (
 func points(from, n int) []metric {
 	metrics := make([]metric, n)
 	for i := range metrics {
-		metrics[i] = metric{"web.a", uint64(from + i), 1795409680}
+		metrics[i] = metric{"web.a", whole(uint64(from + i)), 1795409680}
 	}
 	return metrics
 }
@@ -26,10 +27,12 @@ type receiver struct {
 	at    []time.Duration // of the tries
 	start time.Time
 	sizes []int
-	got   []metric
+	got   []int // the values
 }
 
-func (r *receiver) post(_ context.Context, metrics []metric) error {
+func (r *receiver) destination() destination { return destination{encode, r.post} }
+
+func (r *receiver) post(_ context.Context, body []byte) error {
 	if r.start.IsZero() {
 		r.start = time.Now()
 	}
@@ -40,8 +43,14 @@ func (r *receiver) post(_ context.Context, metrics []metric) error {
 			return err
 		}
 	}
-	r.sizes = append(r.sizes, len(metrics))
-	r.got = append(r.got, metrics...)
+	var items []struct{ Value int }
+	if err := json.Unmarshal(body, &items); err != nil {
+		return err
+	}
+	r.sizes = append(r.sizes, len(items))
+	for _, item := range items {
+		r.got = append(r.got, item.Value)
+	}
 	return nil
 }
 
@@ -52,9 +61,9 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 		t.Errorf("%d metrics arrived, want %d", len(r.got), to-from)
 		return
 	}
-	for i, m := range r.got {
-		if m.Value != uint64(from+i) {
-			t.Errorf("metric %d arrived in the place of %d", m.Value, from+i)
+	for i, value := range r.got {
+		if value != from+i {
+			t.Errorf("metric %d arrived in the place of %d", value, from+i)
 			return
 		}
 	}
@@ -62,7 +71,7 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 
 func TestQueueDeliversInBatches(t *testing.T) {
 	r, log := &receiver{}, &logged{}
-	q := newQueue(r.post, log.logger())
+	q := newQueue(r.destination(), log.logger())
 	q.put(nil)
 	q.put(points(0, 12_001))
 	q.put(points(12_001, 3))
@@ -90,7 +99,7 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 			}
 			return nil
 		}
-		q := newQueue(r.post, log.logger())
+		q := newQueue(r.destination(), log.logger())
 		done := make(chan error)
 		go func() { done <- q.deliver(t.Context()) }()
 		for i := range 20 {
@@ -102,6 +111,9 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 			t.Error(err)
 		}
 		r.inOrder(t, 0, 200)
+		if got, want := asLines(q.own("h", time.Unix(1, 0))), fmt.Sprintf("h.metrics.sent 200 1\nh.metrics.retried %d 1\n", 10*(r.tries-20)); !strings.HasPrefix(got, want) {
+			t.Errorf("its own figures are\n%s, after %d tries", got, r.tries)
+		}
 		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits for long.
 		if r.tries < 20+10 || r.tries > 20+40 {
 			t.Errorf("%d tries", r.tries)
@@ -127,12 +139,15 @@ func TestQueueGivesUpWhatIsRefusedForEver(t *testing.T) {
 		}
 		return nil
 	}
-	q := newQueue(r.post, log.logger())
+	q := newQueue(r.destination(), log.logger())
 	q.put(points(0, 7))
 	q.put(points(7, 3))
 	q.close()
 	if err := q.deliver(t.Context()); err == nil || err.Error() != "7 metrics refused" {
 		t.Errorf("error %v", err)
+	}
+	if got, want := asLines(q.own("h", time.Unix(1, 0))), "h.metrics.sent 3 1\nh.metrics.retried 0 1\nh.metrics.dropped 7 1\nh.metrics.spooled 0 1\n"; got != want {
+		t.Errorf("its own figures are\n%s", got)
 	}
 	r.inOrder(t, 7, 10)
 	if got, want := log.take(), `level=ERROR msg="metrics refused; they are given up" metrics=7 error="answer 400 Bad Request: missing fields"`+"\n"; got != want {
@@ -143,22 +158,27 @@ func TestQueueGivesUpWhatIsRefusedForEver(t *testing.T) {
 func TestQueueIsBounded(t *testing.T) {
 	log := &logged{}
 	r := &receiver{}
-	q := newQueue(r.post, log.logger())
-	for i := range 3 * maxQueued / maxBatch / 2 {
-		q.put(points(i*maxBatch, maxBatch))
+	q := newQueue(r.destination(), log.logger())
+	fit := maxQueued / len(encode(points(1_000_000, maxBatch))) // batches
+	const first = 1_000_000                                     // so that all have as many digits
+	for i := range fit + 10 {
+		q.put(points(first+i*maxBatch, maxBatch))
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="too many metrics wait to be delivered; from now on the oldest are given up" waiting=505000 oldest=2026-11-23T04:54:40.000Z`) {
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="too many metrics wait to be delivered; from now on the oldest are given up" bytes=`) || !strings.Contains(got, "oldest=2026-11-23T04:54:40.000Z") {
 		t.Errorf("logged %s", got)
 	}
 	// A batch that comes back from a failed try is the oldest, so it is the one without room.
-	taken := q.take()
-	q.put(points(3*maxQueued/2, maxBatch))
+	taken, _ := q.take()
+	q.put(points(first+(fit+10)*maxBatch, maxBatch))
 	q.giveBack(taken)
+	if own := asLines(q.own("h", time.Unix(1795409680, 0))); !strings.Contains(own, fmt.Sprintf("h.metrics.dropped %d ", 11*maxBatch)) || !strings.Contains(own, "h.metrics.spooled 13") {
+		t.Errorf("its own figures are\n%s", own)
+	}
 	q.close()
 	if err := q.deliver(t.Context()); err != nil {
 		t.Error(err)
 	}
-	r.inOrder(t, maxQueued/2+maxBatch, 3*maxQueued/2+maxBatch)
+	r.inOrder(t, first+11*maxBatch, first+(fit+11)*maxBatch)
 }
 
 // Once closed, there is one try for each batch, and the loss is told in figures.
@@ -166,7 +186,7 @@ func TestQueueEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r, log := &receiver{}, &logged{}
 		r.fail = func(int) error { return errors.New("connection refused") }
-		q := newQueue(r.post, log.logger())
+		q := newQueue(r.destination(), log.logger())
 		done := make(chan error)
 		go func() { done <- q.deliver(t.Context()) }()
 		q.put(points(0, 10))

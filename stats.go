@@ -1,0 +1,401 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// stats is what is used of a stats answer. What the engine did not send is nil.
+// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
+type stats struct {
+	Read     time.Time          `json:"read"`
+	NumProcs uint64             `json:"num_procs"` // CPUs, Windows only
+	CPU      cpuStats           `json:"cpu_stats"`
+	Memory   memoryStats        `json:"memory_stats"`
+	Networks map[string]network `json:"networks"`
+	Network  *network           `json:"network"` // before API 1.21
+	Blkio    struct {
+		Bytes []blkioEntry `json:"io_service_bytes_recursive"`
+		Ops   []blkioEntry `json:"io_serviced_recursive"` // cgroup v1
+	} `json:"blkio_stats"`
+	Storage struct { // Windows
+		ReadBytes  *uint64 `json:"read_size_bytes"`
+		WriteBytes *uint64 `json:"write_size_bytes"`
+		ReadOps    *uint64 `json:"read_count_normalized"`
+		WriteOps   *uint64 `json:"write_count_normalized"`
+	} `json:"storage_stats"`
+	Pids struct {
+		Current *uint64 `json:"current"`
+		Limit   *uint64 `json:"limit"`
+	} `json:"pids_stats"`
+}
+
+type cpuStats struct {
+	Usage struct {
+		Total  *uint64  `json:"total_usage"`         // ns; Windows: 100 ns
+		Kernel *uint64  `json:"usage_in_kernelmode"` // the same
+		User   *uint64  `json:"usage_in_usermode"`   // the same
+		Cores  []uint64 `json:"percpu_usage"`        // ns, cgroup v1
+	} `json:"cpu_usage"`
+	System     *uint64 `json:"system_cpu_usage"` // ns
+	Online     *uint64 `json:"online_cpus"`      // since API 1.27
+	Throttling struct {
+		Periods          *uint64 `json:"periods"`
+		ThrottledPeriods *uint64 `json:"throttled_periods"`
+		ThrottledTime    *uint64 `json:"throttled_time"` // ns
+	} `json:"throttling_data"`
+}
+
+// memoryStats are bytes, where nothing else is said.
+type memoryStats struct {
+	Usage    *uint64 `json:"usage"`
+	MaxUsage *uint64 `json:"max_usage"` // cgroup v1
+	Limit    *uint64 `json:"limit"`
+	Failcnt  *uint64 `json:"failcnt"`
+	Stats    struct {
+		// cgroup v1 has each of these for the group and, as total_…, with its children.
+		TotalCache        *uint64 `json:"total_cache"`
+		Cache             *uint64 `json:"cache"`
+		TotalRSS          *uint64 `json:"total_rss"`
+		RSS               *uint64 `json:"rss"`
+		TotalSwap         *uint64 `json:"total_swap"`
+		Swap              *uint64 `json:"swap"`
+		TotalInactiveFile *uint64 `json:"total_inactive_file"`
+		InactiveFile      *uint64 `json:"inactive_file"` // cgroup v2 too
+		TotalPgfault      *uint64 `json:"total_pgfault"` // pages
+		Pgfault           *uint64 `json:"pgfault"`       // cgroup v2 too
+		TotalPgmajfault   *uint64 `json:"total_pgmajfault"`
+		Pgmajfault        *uint64 `json:"pgmajfault"` // cgroup v2 too
+		File              *uint64 `json:"file"`       // cgroup v2
+		Anon              *uint64 `json:"anon"`       // cgroup v2
+	} `json:"stats"`
+	// Windows
+	Commit            *uint64 `json:"commitbytes"`
+	CommitPeak        *uint64 `json:"commitpeakbytes"`
+	PrivateWorkingSet *uint64 `json:"privateworkingset"`
+}
+
+// network counts what went through one interface.
+type network struct {
+	RxBytes   *uint64 `json:"rx_bytes"`
+	RxPackets *uint64 `json:"rx_packets"`
+	RxErrors  *uint64 `json:"rx_errors"`
+	RxDropped *uint64 `json:"rx_dropped"`
+	TxBytes   *uint64 `json:"tx_bytes"`
+	TxPackets *uint64 `json:"tx_packets"`
+	TxErrors  *uint64 `json:"tx_errors"`
+	TxDropped *uint64 `json:"tx_dropped"`
+}
+
+// blkioEntry counts one kind of operation on one device.
+type blkioEntry struct {
+	Major uint64 `json:"major"`
+	Minor uint64 `json:"minor"`
+	Op    string `json:"op"` // read, write and others; cgroup v1 writes them with a capital
+	Value uint64 `json:"value"`
+}
+
+// decodeStats reads a stats answer. One of a container that does not run, which has no
+// time or, from Podman, nothing in it, is errStopped.
+func decodeStats(body []byte) (*stats, error) {
+	if len(body) == 0 {
+		return nil, errStopped
+	}
+	var s stats
+	err := json.Unmarshal(body, &s)
+	var kind *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &kind) && kind.Field == "":
+		return nil, rubbish{fmt.Errorf("its stats answer is a JSON %s, not an object", kind.Value)}
+	case errors.As(err, &kind):
+		return nil, rubbish{fmt.Errorf("its stats answer has %s for %s", kind.Value, kind.Field)}
+	case err != nil:
+		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
+	case s.Read.IsZero():
+		return nil, errStopped
+	case s.Read.Unix() < 0:
+		return nil, rubbish{fmt.Errorf("its stats answer is of %s", s.Read)}
+	}
+	return &s, nil
+}
+
+// details says which of the finer series are wanted.
+type details struct{ core, iface, device bool }
+
+// flatten makes metrics of s, under path. What is not there is not sent: absent is not 0.
+func (s *stats) flatten(path string, from origin, per details) *flattener {
+	f := &flattener{metrics: make([]metric, 0, 48), path: path, at: s.Read.Unix()}
+	f.cpu(&s.CPU, from.windows, per.core)
+	f.memory(&s.Memory)
+	f.networks(s, per.iface)
+	f.blkio(s, per.device)
+	f.add(".pids.current", s.Pids.Current)
+	if limit := s.Pids.Limit; limit != nil && *limit != 0 && *limit != math.MaxUint64 { // which say unlimited
+		f.add(".pids.limit", limit)
+	}
+	return f
+}
+
+// flattener collects the metrics of one container, or of the host.
+type flattener struct {
+	metrics []metric
+	path    string
+	at      int64 // Unix seconds
+}
+
+// add adds a metric, unless it has no value.
+func (f *flattener) add(name string, n *uint64) {
+	if n != nil {
+		f.metrics = append(f.metrics, metric{f.path + name, whole(*n), f.at})
+	}
+}
+
+// addCount adds a number that this program has counted itself.
+func (f *flattener) addCount(name string, n int) {
+	f.metrics = append(f.metrics, metric{f.path + name, whole(uint64(n)), f.at})
+}
+
+// addDecimal adds a metric of up to three digits after the point, unless f is no such number.
+func (f *flattener) addDecimal(name string, number float64) {
+	if v, ok := decimal(number); ok {
+		f.metrics = append(f.metrics, metric{f.path + name, v, f.at})
+	}
+}
+
+func (f *flattener) cpu(cpu *cpuStats, windows, perCore bool) {
+	total, kernel, user := cpu.Usage.Total, cpu.Usage.Kernel, cpu.Usage.User
+	if windows {
+		total, kernel, user = times100(total), times100(kernel), times100(user)
+	}
+	f.add(".cpu.total", total)
+	f.add(".cpu.kernel", kernel)
+	f.add(".cpu.user", user)
+	f.add(".cpu.system", cpu.System)
+	if online := cpu.online(); online > 0 {
+		f.add(".cpu.online", &online)
+	}
+	f.add(".cpu.throttling.periods", cpu.Throttling.Periods)
+	f.add(".cpu.throttling.throttled_periods", cpu.Throttling.ThrottledPeriods)
+	f.add(".cpu.throttling.throttled_time", cpu.Throttling.ThrottledTime)
+	if perCore {
+		for i, core := range cpu.Usage.Cores {
+			f.add(".cpu.core."+strconv.Itoa(i), &core)
+		}
+	}
+}
+
+// online returns how many CPUs the engine has, 0 if it does not tell.
+func (cpu *cpuStats) online() uint64 {
+	if cpu.Online != nil && *cpu.Online > 0 {
+		return *cpu.Online
+	}
+	return uint64(len(cpu.Usage.Cores))
+}
+
+func (f *flattener) memory(m *memoryStats) {
+	f.add(".memory.usage", m.Usage)
+	f.add(".memory.limit", m.Limit)
+	f.add(".memory.max_usage", m.MaxUsage)
+	cache := firstOf(m.Stats.TotalCache, m.Stats.Cache, m.Stats.File)
+	f.add(".memory.cache", cache)
+	if m.Usage != nil && cache != nil {
+		active := *m.Usage - min(*cache, *m.Usage)
+		f.add(".memory.active", &active)
+	}
+	workingSet := m.workingSet()
+	f.add(".memory.working_set", workingSet)
+	if workingSet != nil && m.Limit != nil && *m.Limit > 0 {
+		f.addDecimal(".memory.percent", float64(*workingSet)/float64(*m.Limit)*100)
+	}
+	f.add(".memory.rss", firstOf(m.Stats.TotalRSS, m.Stats.RSS, m.Stats.Anon))
+	f.add(".memory.swap", firstOf(m.Stats.TotalSwap, m.Stats.Swap))
+	f.add(".memory.failcnt", m.Failcnt)
+	f.add(".memory.pgfault", firstOf(m.Stats.TotalPgfault, m.Stats.Pgfault))
+	f.add(".memory.pgmajfault", firstOf(m.Stats.TotalPgmajfault, m.Stats.Pgmajfault))
+	f.add(".memory.commit", m.Commit)
+	f.add(".memory.commit_peak", m.CommitPeak)
+	f.add(".memory.private_working_set", m.PrivateWorkingSet)
+}
+
+// workingSet is what `docker stats` shows as memory in use, nil if the engine sent nothing of it.
+// https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
+func (m *memoryStats) workingSet() *uint64 {
+	if m.PrivateWorkingSet != nil {
+		return m.PrivateWorkingSet
+	}
+	if m.Usage == nil {
+		return nil
+	}
+	for _, inactive := range []*uint64{m.Stats.TotalInactiveFile, m.Stats.InactiveFile} {
+		if inactive != nil && *inactive < *m.Usage {
+			used := *m.Usage - *inactive
+			return &used
+		}
+	}
+	return m.Usage
+}
+
+func (f *flattener) networks(s *stats, perInterface bool) {
+	if len(s.Networks) == 0 {
+		if s.Network != nil {
+			f.network(".network", s.Network)
+		}
+		return
+	}
+	var total network
+	for _, n := range s.Networks {
+		total.RxBytes = sum(total.RxBytes, n.RxBytes)
+		total.RxPackets = sum(total.RxPackets, n.RxPackets)
+		total.RxErrors = sum(total.RxErrors, n.RxErrors)
+		total.RxDropped = sum(total.RxDropped, n.RxDropped)
+		total.TxBytes = sum(total.TxBytes, n.TxBytes)
+		total.TxPackets = sum(total.TxPackets, n.TxPackets)
+		total.TxErrors = sum(total.TxErrors, n.TxErrors)
+		total.TxDropped = sum(total.TxDropped, n.TxDropped)
+	}
+	f.network(".network", &total)
+	if !perInterface {
+		return
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Networks)) {
+		if node := graphiteNode(name); node != "" {
+			n := s.Networks[name]
+			f.network(".network."+node, &n)
+		}
+	}
+}
+
+func (f *flattener) network(path string, n *network) {
+	f.add(path+".rx_bytes", n.RxBytes)
+	f.add(path+".rx_packets", n.RxPackets)
+	f.add(path+".rx_errors", n.RxErrors)
+	f.add(path+".rx_dropped", n.RxDropped)
+	f.add(path+".tx_bytes", n.TxBytes)
+	f.add(path+".tx_packets", n.TxPackets)
+	f.add(path+".tx_errors", n.TxErrors)
+	f.add(path+".tx_dropped", n.TxDropped)
+}
+
+func (f *flattener) blkio(s *stats, perDevice bool) {
+	bytes, ops := s.Blkio.Bytes, s.Blkio.Ops
+	f.add(".blkio.read_bytes", firstOf(sumOf(bytes, "read", nil), s.Storage.ReadBytes))
+	f.add(".blkio.write_bytes", firstOf(sumOf(bytes, "write", nil), s.Storage.WriteBytes))
+	f.add(".blkio.read_ops", firstOf(sumOf(ops, "read", nil), s.Storage.ReadOps))
+	f.add(".blkio.write_ops", firstOf(sumOf(ops, "write", nil), s.Storage.WriteOps))
+	if !perDevice {
+		return
+	}
+	done := map[device]bool{}
+	for _, entry := range slices.Concat(bytes, ops) {
+		d := device{entry.Major, entry.Minor}
+		if done[d] {
+			continue
+		}
+		done[d] = true
+		path := fmt.Sprintf(".blkio.%d_%d", d.major, d.minor)
+		f.add(path+".read_bytes", sumOf(bytes, "read", &d))
+		f.add(path+".write_bytes", sumOf(bytes, "write", &d))
+		f.add(path+".read_ops", sumOf(ops, "read", &d))
+		f.add(path+".write_ops", sumOf(ops, "write", &d))
+	}
+}
+
+type device struct{ major, minor uint64 }
+
+// sumOf adds up the entries of an operation, on one device or, with nil, on all. It is nil where
+// the engine sent no array, and 0 where that has no such entry: nothing was done yet. Total, Sync, Async and
+// Discard count again what read and write have, or none of it.
+func sumOf(entries []blkioEntry, op string, on *device) *uint64 {
+	if entries == nil {
+		return nil
+	}
+	var total uint64
+	for _, entry := range entries {
+		if strings.EqualFold(entry.Op, op) && (on == nil || *on == device{entry.Major, entry.Minor}) {
+			total += entry.Value
+		}
+	}
+	return &total
+}
+
+// cpuSample is what is kept of a container's sample for the next one, to make a percentage of
+// the two.
+type cpuSample struct {
+	startedAt time.Time // the container
+	read      time.Time
+	total     uint64 // ns; Windows: 100 ns
+	system    uint64 // ns
+	cpus      uint64
+}
+
+// cpuSample returns nil where the engine sent no CPU time.
+func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
+	if s.CPU.Usage.Total == nil {
+		return nil
+	}
+	sample := &cpuSample{startedAt, s.Read, *s.CPU.Usage.Total, 0, s.CPU.online()}
+	if from.windows {
+		sample.cpus = s.NumProcs
+	}
+	if s.CPU.System != nil {
+		sample.system = *s.CPU.System
+	}
+	return sample
+}
+
+// percentSince returns how much CPU the container used since an earlier sample, by the formula
+// of `docker stats`: 100 is one full CPU, on Windows all of them. ok is false where that cannot be told: after
+// a restart, or when a clock did not go on.
+// https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
+func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent float64, ok bool) {
+	if before == nil || now == nil || !now.startedAt.Equal(before.startedAt) || now.total < before.total || !now.read.After(before.read) {
+		return 0, false
+	}
+	used := float64(now.total - before.total)
+	elapsed := float64(now.read.Sub(before.read)) // ns
+	switch {
+	case from.windows:
+		percent = used / (elapsed / 100 * float64(now.cpus)) * 100
+	case from.podman:
+		// Its system_cpu_usage is what was used of all CPUs, not what there was.
+		percent = used / elapsed * 100
+	case now.system > before.system:
+		percent = used / float64(now.system-before.system) * float64(now.cpus) * 100
+	default:
+		return 0, false
+	}
+	return percent, true
+}
+
+func sum(a, b *uint64) *uint64 {
+	if a == nil || b == nil {
+		return firstOf(a, b)
+	}
+	total := *a + *b
+	return &total
+}
+
+func times100(a *uint64) *uint64 {
+	if a == nil {
+		return nil
+	}
+	product := *a * 100
+	return &product
+}
+
+// firstOf returns the first of its arguments that is there.
+func firstOf(values ...*uint64) *uint64 {
+	for _, value := range values {
+		if value != nil {
+			return value
+		}
+	}
+	return nil
+}
