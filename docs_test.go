@@ -5,10 +5,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 func readFile(t *testing.T, path string) string {
@@ -60,24 +62,99 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	}
 }
 
-func TestReadmeHasTheMetrics(t *testing.T) {
-	sent := []string{"<c>.uptime", "<h>.containers.total", "<h>.metrics.duration"}
-	golden, err := filepath.Glob("testdata/engine/*/*.golden")
-	if err != nil || len(golden) == 0 {
-		t.Fatal(golden, err)
-	}
-	for _, file := range golden {
-		sent = append(sent, strings.Split(strings.Join(allOf(`(?m)^c(\.\S+)`, readFile(t, file)), "\n"), "\n")...)
-	}
-	for i, name := range sent {
-		if strings.HasPrefix(name, ".") {
-			sent[i] = "<c>" + name
+// everyMetric returns the names of all metrics that the code can make.
+func everyMetric(t *testing.T) []string {
+	// An answer that has everything, of all kinds of engines at once
+	var s stats
+	fill(reflect.ValueOf(&s).Elem())
+	metrics := s.flatten("c", origin{}, details{true, true, true}).metrics
+
+	// Two sweeps, for what needs a sample before, and for the host
+	r := newReplay(t, "cgroup2")
+	c, _ := r.collector(t, 10*time.Second)
+	c.host, c.rule = "h", rule{regexp.MustCompile(`^fx-busy$`), "c"}
+	r.on("/containers/fx-busy/stats", r.serve("stats-busy.json"))
+	c.sweep(t.Context())
+	r.on("/containers/fx-busy/stats", nil)
+	metrics = append(metrics, c.sweep(t.Context()).metrics...)
+	metrics = append(metrics, newQueue(destination{}, c.log).own("h", time.Now())...)
+
+	var names []string
+	for _, m := range metrics {
+		if name, ok := strings.CutPrefix(m.name, "h."); ok {
+			names = append(names, "<h>."+name)
+		} else if name, ok := strings.CutPrefix(m.name, "c."); ok {
+			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.", ".<major>_<minor>.").Replace("<c>."+name))
 		}
 	}
-	slices.Sort(sent)
-	sent = slices.DeleteFunc(slices.Compact(sent), func(name string) bool { return name == "" })
-	if documented := allOf("`(<[ch]>\\.[a-z_.]+)`", section(t, "## Metrics")); !slices.Equal(documented, sent) {
-		t.Errorf("the README has the metrics\n%q, sent are\n%q", documented, sent)
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// fill sets everything in v to 1, or to one of its kind.
+func fill(v reflect.Value) {
+	switch v.Kind() {
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		fill(v.Elem())
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			v.Set(reflect.ValueOf(time.Unix(1795409680, 0)))
+			return
+		}
+		for i := range v.NumField() {
+			fill(v.Field(i))
+		}
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+		fill(v.Index(0))
+	case reflect.Map:
+		entry := reflect.New(v.Type().Elem()).Elem()
+		fill(entry)
+		v.Set(reflect.MakeMap(v.Type()))
+		v.SetMapIndex(reflect.ValueOf("if0"), entry)
+	case reflect.Uint64:
+		v.SetUint(1)
+	}
+}
+
+// expand returns what a shell makes of braces: a.{x,y} is a.x and a.y.
+func expand(name string) []string {
+	m := regexp.MustCompile(`^(.*?)\{([^}]*)\}(.*)$`).FindStringSubmatch(name)
+	if m == nil {
+		return []string{name}
+	}
+	var names []string
+	for part := range strings.SplitSeq(m[2], ",") {
+		names = append(names, expand(m[1]+part+m[3])...)
+	}
+	return names
+}
+
+func TestMetricsAreDocumented(t *testing.T) {
+	var documented []string
+	for _, name := range allOf("(?m)^\\| `(<[ch]>[^`]+)`", readFile(t, "METRICS.md")) {
+		documented = append(documented, expand(name)...)
+	}
+	slices.Sort(documented)
+	sent := everyMetric(t)
+	for _, name := range sent {
+		if !slices.Contains(documented, name) {
+			t.Errorf("METRICS.md lacks %s", name)
+		}
+	}
+	for _, name := range documented {
+		if !slices.Contains(sent, name) {
+			t.Errorf("METRICS.md has %s, which nothing sends", name)
+		}
+	}
+	// What the README shows of them has to be among them.
+	for _, name := range allOf("`(<[ch]>[^`*]+)`", readFile(t, "README.md")) {
+		for _, name := range expand(name) {
+			if !slices.Contains(sent, name) {
+				t.Errorf("the README has %s, which nothing sends", name)
+			}
+		}
 	}
 }
 
