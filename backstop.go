@@ -24,9 +24,10 @@ const (
 // backstop is the client of one Backstop URL.
 // https://github.com/obfuscurity/backstop
 type backstop struct {
-	url    *url.URL // without the credentials
-	auth   *url.Userinfo
-	client *http.Client
+	url       *url.URL // without the credentials
+	auth      *url.Userinfo
+	transport *http.Transport // and no http.Client, which would follow redirects: a POST would turn into a GET
+	timeout   time.Duration   // for a request
 }
 
 // newBackstop prepares for posting to an http or https URL such as
@@ -40,22 +41,18 @@ func newBackstop(text string) (*backstop, error) {
 		return nil, fmt.Errorf("not a URL; %s; in user and password, write %%40 for @, %%2F for /, %%25 for %% and so on", want)
 	case u.Scheme != "http" && u.Scheme != "https":
 		return nil, errors.New("not an http:// or https:// URL; " + want)
+	case strings.Contains(u.Path, "@"):
+		return nil, errors.New("there is an @ in the path of the URL; in user and password, write %2F for /; " + want)
 	case u.Hostname() == "":
 		return nil, errors.New("no host in the URL; " + want)
 	case strings.Trim(u.Path, "/") == "":
 		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, where PREFIX is one of its PREFIXES; " + want)
 	}
-	b := &backstop{url: u, auth: u.User}
+	b := &backstop{url: u, auth: u.User, transport: http.DefaultTransport.(*http.Transport).Clone(), timeout: postTimeout}
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
 	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/") // Backstop answers 404 to a trailing slash
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.IdleConnTimeout = keepAlive
-	b.client = &http.Client{
-		Transport: transport,
-		Timeout:   postTimeout,
-		// A client that followed a redirect would turn the POST into a GET.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
+	b.transport.IdleConnTimeout = keepAlive
+	b.transport.TLSHandshakeTimeout = postTimeout
 	return b, nil
 }
 
@@ -75,9 +72,9 @@ func (b *backstop) passwordTrouble() string {
 	password, _ := b.auth.Password()
 	switch {
 	case password == "":
-		return "the password in --backstop is empty, and Backstop answers 401 to that"
-	case strings.ContainsAny(password, ":,"):
-		return "the password in --backstop has a colon or a comma in it, and Backstop answers 401 to that"
+		return "the password for Backstop is empty, and it answers 401 to that"
+	case strings.ContainsAny(b.auth.Username()+password, ":,"):
+		return "the user or the password for Backstop has a colon or a comma in it, and it answers 401 to that"
 	}
 	return ""
 }
@@ -86,6 +83,8 @@ func (b *backstop) passwordTrouble() string {
 // that it has taken it (2xx), *refusal when it said anything else, and other errors when it
 // could not be asked.
 func (b *backstop) post(ctx context.Context, body []byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, b.timeout, noAnswer(b.timeout))
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url.String(), bytes.NewReader(body))
 	if err != nil {
 		return err
@@ -96,16 +95,9 @@ func (b *backstop) post(ctx context.Context, body []byte) error {
 		password, _ := b.auth.Password()
 		req.SetBasicAuth(b.auth.Username(), password)
 	}
-	resp, err := b.client.Do(req)
+	resp, err := b.transport.RoundTrip(req)
 	if err != nil {
-		var inURL *url.Error
-		if errors.As(err, &inURL) {
-			if inURL.Timeout() && ctx.Err() == nil {
-				return noAnswer(b.client.Timeout)
-			}
-			err = inURL.Err
-		}
-		return err
+		return plainly(ctx, err)
 	}
 	defer resp.Body.Close()
 	// An error page can have 140 KB, of which one line is wanted. The rest is read, up to
@@ -117,24 +109,24 @@ func (b *backstop) post(ctx context.Context, body []byte) error {
 	}
 	return &refusal{
 		status: resp.StatusCode,
-		line:   b.withoutSecrets(firstLine(string(start))),
+		line:   firstLine(b.withoutSecrets(string(start))),
 		hint:   hint(resp),
 	}
 }
 
 // withoutSecrets masks the credentials in an answer that repeats them.
-func (b *backstop) withoutSecrets(line string) string {
+func (b *backstop) withoutSecrets(text string) string {
 	if b.auth == nil {
-		return line
+		return text
 	}
 	password, _ := b.auth.Password()
 	token := base64.StdEncoding.EncodeToString([]byte(b.auth.Username() + ":" + password))
 	for _, secret := range []string{token, password} {
 		if secret != "" {
-			line = strings.ReplaceAll(line, secret, "xxxxx")
+			text = strings.ReplaceAll(text, secret, "xxxxx")
 		}
 	}
-	return line
+	return text
 }
 
 // refusal is an answer of Backstop, or of what stands before it, other than 2xx.

@@ -30,7 +30,7 @@ func mustBackstop(t testing.TB, url string) *backstop {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(b.client.CloseIdleConnections)
+	t.Cleanup(b.transport.CloseIdleConnections)
 	return b
 }
 
@@ -59,7 +59,7 @@ func TestPostKeepsItsConnection(t *testing.T) {
 	s.Start()
 	t.Cleanup(s.stop)
 	good, bad := mustBackstop(t, s.URL+"/publish/docker"), mustBackstop(t, s.URL+"/nowhere")
-	bad.client = good.client
+	bad.transport = good.transport
 	for range 3 {
 		if err := good.post(t.Context(), onePoint); err != nil {
 			t.Error(err)
@@ -71,7 +71,7 @@ func TestPostKeepsItsConnection(t *testing.T) {
 	if n := connections.Load(); n != 1 {
 		t.Errorf("%d connections", n)
 	}
-	if idle := good.client.Transport.(*http.Transport).IdleConnTimeout; idle <= 0 || idle >= 20*time.Second {
+	if idle := good.transport.IdleConnTimeout; idle <= 0 || idle >= 20*time.Second {
 		t.Errorf("idle connections are kept for %s; Backstop closes them after 20 s", idle)
 	}
 }
@@ -103,6 +103,11 @@ func TestPostFailures(t *testing.T) {
 		{"moved, method kept", "/publish/docker", moved(307), false, `^answer 307 Temporary Redirect; set --backstop to the address`},
 		{"hung up", "/publish/docker", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, false, `^EOF$`},
 		{"a long line", "/publish/docker", answerWith(500, strings.Repeat("ü", 1000)), false, `^answer 500 Internal Server Error: ü{100}$`},
+		{"an address that is none", "/publish/docker", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Location", "http://user:password%zz@h/x")
+			w.WriteHeader(302)
+		}, false, `^answer 302 Found$`},
+		{"secrets across the cut", "/publish/docker", answerWith(500, strings.Repeat("x", 195)+"password"), false, `^answer 500 Internal Server Error: x{195}xxxxx$`},
 		{"secrets repeated", "/publish/docker", answerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), false, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
 	} {
 		auth := "user:other"
@@ -128,7 +133,7 @@ func TestPostFailures(t *testing.T) {
 	}
 
 	b := mustBackstop(t, s.at("user:password", "/publish/docker"))
-	b.client.Timeout = 500 * time.Millisecond
+	b.timeout = 500 * time.Millisecond
 	s.set("", hang)
 	if err := b.post(t.Context(), []byte("[]")); err == nil || err.Error() != "no answer within 500ms" {
 		t.Errorf("a request that hangs: %v", err)
@@ -170,6 +175,7 @@ func TestBackstopURLs(t *testing.T) {
 		"https://user:sec%ret@h/publish/docker": "write %40 for @, %2F for /, %25 for %",
 		"https://user:sec/ret@h/publish/docker": "write %40 for @, %2F for /",
 		"https://user:secret@h/publish/\x7f":    "not a URL",
+		"https://user:12/secret@h/publish":      "there is an @ in the path of the URL; in user and password, write %2F for /",
 	} {
 		_, err := newBackstop(text)
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "sec") {
@@ -185,6 +191,7 @@ func TestPasswordsThatBackstopDoesNotTake(t *testing.T) {
 		":" + url.PathEscape("a,b"): "has a colon or a comma",
 		":a%3Ab":                    "has a colon or a comma",
 		":good":                     "",
+		"%3Aname:good":              "has a colon or a comma",
 	} {
 		got := mustBackstop(t, "http://user"+password+"@h/publish/docker").passwordTrouble()
 		if (got == "") != (want == "") || !strings.Contains(got, want) {

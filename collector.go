@@ -155,7 +155,7 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 // list returns the engine's running containers. An engine that was not met before, or not
 // since it failed, is first asked what it is, of which about is the answer; else it is nil.
 func (c *collector) list(ctx context.Context) (list []docker.APIContainers, about *info, err error) {
-	if c.met {
+	if c.met && !c.engine.changed.Load() { // else it was upgraded
 		list, err = c.engine.list(ctx)
 		return list, nil, err
 	}
@@ -163,7 +163,6 @@ func (c *collector) list(ctx context.Context) (list []docker.APIContainers, abou
 	if err != nil {
 		return nil, nil, err
 	}
-	c.infoTrouble = ""
 	about = c.about(ctx)
 	if list, err = c.engine.list(ctx); err != nil {
 		return nil, nil, err
@@ -178,7 +177,7 @@ func (c *collector) list(ctx context.Context) (list []docker.APIContainers, abou
 // before the engine may forbid the question, which is no reason to give up the rest.
 func (c *collector) about(ctx context.Context) *info {
 	about, err := c.engine.info(ctx)
-	if err == nil {
+	if err == nil && about.Name != "" {
 		c.engineName = about.Name
 	}
 	if isConnectionError(err) {
@@ -202,7 +201,7 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	c.met = false
 	if text := errorText(err) + engineHint(err); text != c.trouble {
 		c.trouble = text
-		c.log.Error("Docker engine does not answer; it is asked again at every poll", "error", text)
+		c.log.Error("Docker engine does not answer", "error", text)
 	}
 }
 
@@ -385,12 +384,4 @@ func isConnectionError(err error) bool {
 		body   rubbish
 	)
 	return err != nil && !isGone(err) && !errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
-}
-
-// errorText is err in one line, "" if it is nil.
-func errorText(err error) string {
-	if err == nil {
-		return ""
-	}
-	return oneLine(err.Error())
 }

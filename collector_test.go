@@ -165,6 +165,7 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		"is huge":         {answerWith(200, strings.Repeat(" ", 50<<20)), `level=ERROR msg="container cannot be read" container=fx-two error="the answer has over 2097152 bytes"`, 1},
 		"is deep":         {answerWith(200, `{"read":`+strings.Repeat("[", 20_000)), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '[' exceeded max depth"`, 1},
 		"has a huge one":  {answerWith(200, `{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
+		"has no time":     {answerWith(200, `{"message":"oops"}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no time of reading"`, 1},
 		"is an array":     {answerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
 		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
 		"fails":           {answerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
@@ -256,7 +257,7 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 			}
 		}
 	}
-	const fails, answers = `level=ERROR msg="Docker engine does not answer; it is asked again at every poll" error=EOF`, `level=INFO msg="Docker engine answers"`
+	const fails, answers = `level=ERROR msg="Docker engine does not answer" error=EOF`, `level=INFO msg="Docker engine answers"`
 	down()
 	expect("down at the start", false, fails)
 	expect("still down", false)
@@ -264,6 +265,9 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 	r.is("1.40")
 	expect("up", true, answers+` engine="Docker/20.10.24 (linux)" api=1.40 one_shot=false`, "container is gone") // fx-web, see replay
 	expect("still up", true)
+	r.is("1.43") // upgraded between two polls
+	expect("upgraded, not yet noticed", true)
+	expect("upgraded", true, answers+` engine="Docker/20.10.24 (linux)" api=1.43 one_shot=true`)
 	down()
 	expect("down again", false, fails)
 	up()
@@ -296,8 +300,12 @@ func TestEndingIsNobodysFault(t *testing.T) {
 		cancel()
 		<-req.Context().Done()
 	})
-	if result := c.sweep(ctx); result.failed != 0 || result.err != context.Canceled {
+	result := c.sweep(ctx)
+	if result.failed != 0 || result.err != context.Canceled {
 		t.Errorf("%d failed, %v", result.failed, result.err)
+	}
+	if lines := asLines(result.metrics); strings.Contains(lines, "vmtest.") {
+		t.Errorf("half a sweep says of the host\n%s", lines)
 	}
 	if got := log.take(); strings.Contains(got, "ERROR") {
 		t.Errorf("logged\n%s", got)
@@ -308,20 +316,57 @@ func TestEndingIsNobodysFault(t *testing.T) {
 // group that is asked together.
 func TestAllAreAskedSideBySide(t *testing.T) {
 	r := newReplay(t, "cgroup2")
+	const containers = 300
+	var list []string
 	var together sync.WaitGroup
-	names := []string{"idle", "busy", "host", "two", "paused"}
-	together.Add(len(names))
-	for _, name := range names {
-		serve := r.serve("stats-one-shot-" + name + ".json")
-		r.on("/containers/fx-"+name+"/stats", func(w http.ResponseWriter, req *http.Request) {
+	together.Add(containers)
+	serve := r.serve("stats-one-shot-idle.json")
+	for i := range containers {
+		id, name := fmt.Sprintf("%064x", i), fmt.Sprintf("web%d", i)
+		r.name[id] = name
+		list = append(list, fmt.Sprintf(`{"Id":%q,"Names":["/%s"]}`, id, name))
+		r.on("/containers/"+name+"/stats", func(w http.ResponseWriter, req *http.Request) {
 			together.Done()
 			together.Wait() // none is answered before all have been asked
 			serve(w, req)
 		})
+		r.on("/containers/"+name+"/json", r.serve("inspect-idle.json"))
 	}
+	r.on("/containers/json", answerWith(200, "["+strings.Join(list, ",")+"]"))
+	c, log := r.collector(t, time.Minute)
+	if result := c.sweep(t.Context()); result.failed != 0 || result.running != containers {
+		t.Errorf("%d of %d failed: %s", result.failed, result.running, log.take())
+	}
+}
+
+// An engine's clock can be ahead of ours.
+func TestUptimeIsNeverNegative(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	r.on("/containers/fx-two/json", answerWith(200, `{"State":{"Running":true,"StartedAt":"2300-01-01T00:00:00Z"}}`))
 	c, _ := r.collector(t, 10*time.Second)
-	if result := c.sweep(t.Context()); result.failed != 0 {
-		t.Errorf("%d failed", result.failed)
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nfx-two.uptime 0 ") {
+		t.Errorf("got\n%s", lines)
+	}
+}
+
+func TestAnswersTellWhoseTheyAre(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	answer, err := os.ReadFile("testdata/engine/windows/stats-web.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for header, want := range map[string]string{
+		"windows": "fx-two.cpu.total 1421875000 ", // of ticks of 100 ns
+		"linux":   "fx-two.cpu.total 14218750 ",
+	} {
+		r.on("/containers/fx-two/stats", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Ostype", header)
+			w.Write(answer)
+		})
+		c, _ := r.collector(t, 10*time.Second)
+		if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\n"+want) {
+			t.Errorf("with Ostype %s:\n%s", header, lines)
+		}
 	}
 }
 

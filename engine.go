@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	docker "github.com/fsouza/go-dockerclient"
@@ -43,8 +44,9 @@ type engine struct {
 	shown   string // its address, without credentials
 	base    string // what the paths of the API are appended to
 	timeout time.Duration
-	api     string // the highest API version of the engine, such as "1.41"; unknown: ""
-	oneShot bool   // whether stats can be had with one-shot
+	changed atomic.Bool // whether an answer told of another API version
+	api     string      // the highest API version of the engine, such as "1.41"; unknown: ""
+	oneShot bool        // whether stats can be had with one-shot
 }
 
 // newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port,
@@ -68,11 +70,13 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 			return nil, errors.New("named pipes are there on Windows only; elsewhere it is unix:///var/run/docker.sock")
 		}
 	case "tcp", "http", "https":
-		if u.Hostname() == "" {
+		if u.Hostname() == "" || strings.Contains(u.Path, "@") {
 			return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
 		}
-		if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
-			return nil, err
+		if u.Scheme != "http" {
+			if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
+				return nil, err
+			}
 		}
 		// As the docker CLI reads them: tcp is plain HTTP on port 2375, or TLS on 2376.
 		port := "2375"
@@ -125,17 +129,11 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 // String is the engine's address as it may be shown.
 func (e *engine) String() string { return e.shown }
 
-// withoutUser is u without what may be secret in it.
-func withoutUser(u *url.URL) string {
-	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
-}
-
 // tlsFromEnv reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker CLI does: a
 // DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem
 // from DOCKER_CERT_PATH, by default DOCKER_CONFIG or ~/.docker. It returns nil where TLS is not asked
-// for. The engine's certificate is always verified: against ca.pem, and against the
-// roots of the system. always asks for TLS whatever the environment says; the files are
-// then used where DOCKER_CERT_PATH names a folder.
+// for. The engine's certificate is always verified, against ca.pem alone. always asks for TLS
+// whatever the environment says; without a DOCKER_CERT_PATH, the roots of the system vouch then.
 // https://docs.docker.com/engine/security/protect-access/
 func tlsFromEnv(always bool) (*tls.Config, error) {
 	verify := os.Getenv("DOCKER_TLS_VERIFY") != ""
@@ -161,9 +159,7 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem", err)
 	}
-	if config.RootCAs, err = x509.SystemCertPool(); err != nil {
-		config.RootCAs = x509.NewCertPool()
-	}
+	config.RootCAs = x509.NewCertPool()
 	if !config.RootCAs.AppendCertsFromPEM(ca) {
 		return nil, fmt.Errorf("%s holds no certificate in PEM form", filepath.Join(dir, "ca.pem"))
 	}
@@ -202,6 +198,7 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	}
 	// Engines too old to tell are too old for one-shot.
 	e.api, e.oneShot = resp.header.Get("Api-Version"), false
+	e.changed.Store(false)
 	if api, err := docker.NewAPIVersion(e.api); err == nil {
 		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
 	}
@@ -311,6 +308,9 @@ func (e *engine) get(ctx context.Context, path string, limit int64) (*answer, er
 	if int64(len(body)) > limit {
 		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
 	}
+	if api := resp.Header.Get("Api-Version"); api != e.api && api != "" {
+		e.changed.Store(true)
+	}
 	return &answer{resp.Header, body}, nil
 }
 
@@ -324,22 +324,6 @@ type rubbish struct{ error }
 
 func (r rubbish) Unwrap() error { return r.error }
 
-// plainly returns the reason for which ctx ended, where it did, and else err without the
-// URL that net/http puts before it, which for a socket is none that a reader knows.
-func plainly(ctx context.Context, err error) error {
-	if err == nil {
-		return nil
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	var inURL *url.Error
-	if errors.As(err, &inURL) {
-		return inURL.Err
-	}
-	return err
-}
-
 // engineHint returns what to do about an engine that cannot be reached, behind a "; ",
 // or nothing.
 func engineHint(err error) string {
@@ -349,27 +333,10 @@ func engineHint(err error) string {
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), strings.Contains(err.Error(), "refused"):
 		return "; is Docker running, and is --docker its address?"
-	case strings.Contains(err.Error(), "HTTP response to HTTPS client"):
+	case strings.Contains(err.Error(), "HTTP response to HTTPS client"), strings.Contains(err.Error(), "does not look like a TLS handshake"):
 		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"
 	case strings.Contains(err.Error(), "malformed HTTP response"), errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
 		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
-	}
-	return ""
-}
-
-// firstLine returns the first line of text that says anything, at most 200 bytes of it, without
-// control characters.
-func firstLine(text string) string {
-	for line := range strings.Lines(text) {
-		if line = strings.TrimSpace(line); line != "" {
-			line = strings.Map(func(r rune) rune {
-				if r < ' ' || r == 0x7f {
-					return -1
-				}
-				return r
-			}, line)
-			return strings.ToValidUTF8(line[:min(len(line), 200)], "")
-		}
 	}
 	return ""
 }

@@ -57,6 +57,7 @@ func TestEngineAddresses(t *testing.T) {
 		{"unix://", "a unix socket needs an absolute path"},
 		{"tcp://:2375", "no host in it; the form is tcp://host:port"},
 		{"tcp://docker:0", "want a URL such as"},
+		{"http://user:12/secret@docker", "no host in it"},
 		{"ssh://me@docker", "cannot speak ssh://; want unix://, tcp://"},
 		{"http://u:secret@%zz", "not a URL; want one such as"},
 	} {

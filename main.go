@@ -131,9 +131,9 @@ func parseOptions(args []string) (*options, error) {
 		return nil, explainFlag(err)
 	}
 	if flags.NArg() > 0 {
-		stray := flags.Arg(0)
-		if strings.Contains(stray, "@") {
-			stray = "(not shown: it may hold a password)"
+		stray := shown(flags.Arg(0))
+		if strings.Contains(stray, ":") { // user:password, as likely as not
+			stray = shown("@")
 		}
 		return nil, fmt.Errorf("unexpected argument %s: options are written --name=value; see --help", stray)
 	}
@@ -150,8 +150,12 @@ func parseOptions(args []string) (*options, error) {
 
 	opts := &options{host: host}
 	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per"} {
-		if onLine[name] && flags.Lookup(name).Value.String() == "" {
+		value := flags.Lookup(name).Value.String()
+		if onLine[name] && value == "" {
 			return nil, fmt.Errorf("--%s is empty: give it a value, or leave it out for the default; see --help", name)
+		}
+		if onLine[name] && strings.HasPrefix(value, "--") { // the next option, taken for its value
+			return nil, fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", name)
 		}
 	}
 	var err error
@@ -163,13 +167,16 @@ func parseOptions(args []string) (*options, error) {
 			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from(s.name))
 		}
 	}
+	if opts.version {
+		return opts, nil // whatever else is said
+	}
 	if backstopURL != "-" {
 		if opts.backstop, err = newBackstop(backstopURL); err != nil {
 			return nil, fmt.Errorf("%s: %w", from("backstop"), err)
 		}
 	}
 	if opts.poll, err = time.ParseDuration(poll); err != nil {
-		return nil, fmt.Errorf("%s: %q is not a duration; write one with its unit, such as 60s or 1m30s", from("poll"), poll)
+		return nil, fmt.Errorf("%s: %s is not a duration; write one with its unit, such as 60s or 1m30s", from("poll"), shown(poll))
 	}
 	if opts.poll <= 0 {
 		return nil, fmt.Errorf("%s: %s is not longer than 0; write a duration such as 60s", from("poll"), poll)
@@ -189,11 +196,11 @@ func parseOptions(args []string) (*options, error) {
 			opts.per.device = true
 		case "":
 		default:
-			return nil, fmt.Errorf("%s: there are no series per %q; write core, interface, device, or several of them with commas between", from("per"), name)
+			return nil, fmt.Errorf("%s: there are no series per %s; write core, interface, device, or several of them with commas between", from("per"), shown(name))
 		}
 	}
 	// A container that hangs must not cost the others their next poll.
-	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll*9/10)); err != nil {
+	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll-opts.poll/10)); err != nil {
 		return nil, fmt.Errorf("%s: %w", from("docker"), err)
 	}
 	return opts, nil
@@ -206,7 +213,11 @@ func explainFlag(err error) error {
 	}
 	text := err.Error()
 	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
-		return fmt.Errorf("unknown option --%s; see --help", name)
+		// The name alone: --backstop:URL is one mistake in typing away.
+		if end := strings.IndexFunc(name, func(r rune) bool { return r != '-' && (r < 'a' || r > 'z') }); end >= 0 {
+			name = name[:end]
+		}
+		return fmt.Errorf("unknown option --%s; options are written --name=value; see --help", name)
 	}
 	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
 		return fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", name)
@@ -287,6 +298,9 @@ func run(opts *options, log *slog.Logger) error {
 	if opts.once {
 		result := sweep(ctx)
 		queue.close()
+		if ctx.Err() != nil {
+			log.Error("ended by a signal before all was polled")
+		}
 		err := queue.deliver(sending)
 		if result.failed > 0 {
 			err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))
@@ -295,12 +309,21 @@ func run(opts *options, log *slog.Logger) error {
 	}
 
 	log.Info("started", "version", version(), "to", name, "docker", opts.engine, "poll", opts.poll)
-	delivered := make(chan error)
+	delivered := make(chan error, 1)
 	go func() { delivered <- queue.deliver(sending) }()
 	poll(ctx, func() schedule { return newSchedule(opts.poll, collector.hostName()) },
 		func(ctx context.Context) { sweep(ctx) }, log)
 	log.Info("ending")
 	queue.close()
-	<-delivered // its log says what could not be delivered
+	select {
+	case <-delivered: // its log says what could not be delivered
+	case <-sending.Done():
+		// What stands on standard output's other end may have stopped reading, which no context ends.
+		select {
+		case <-delivered:
+		case <-time.After(time.Second):
+			log.Error("ending without having delivered everything", "error", context.Cause(sending))
+		}
+	}
 	return nil
 }

@@ -37,6 +37,7 @@ func noEngine(t *testing.T, format string, args ...any) {
 //	backstop answer STATUS TEXT    from here on it answers so
 //	backstop hang                  or not at all
 //	backstop ok                    as usual again
+//	backstop drop                  the same, and the requests it has are cut off
 //	[!] arrives REGEXP [N]         N points, by default 1, are or will be there whose name matches
 //	engine hang NAME | PATH        from here on that container's stats, or that path, hang
 //	engine forget NAME | PATH      … or are there no more
@@ -77,6 +78,9 @@ func TestScripts(t *testing.T) {
 					s.set("", hang)
 				case "ok":
 					s.set("", nil)
+				case "drop":
+					s.set("", nil)
+					s.drop()
 				default:
 					ts.Fatalf("backstop %s?", args[0])
 				}

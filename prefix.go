@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 // rule is what --prefix says: how the name of a container becomes the path of its
@@ -34,6 +35,9 @@ func parseRule(text string) (rule, error) {
 		Regexp *string `json:"regexp"`
 		Into   *string `json:"into"`
 	}
+	if strings.Contains(text, "://") { // such as the next option, for want of a value
+		return rule{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
+	}
 	decoder := json.NewDecoder(strings.NewReader(text))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(&keys)
@@ -53,6 +57,10 @@ func parseRule(text string) (rule, error) {
 	if keys.Into == nil {
 		return rule{}, errors.New(`the key "into" is missing; ` + form)
 	}
+	// In JSON, \b is a backspace and \t a tab, which no container's name has.
+	if i := strings.IndexFunc(*keys.Regexp+*keys.Into, unicode.IsControl); i >= 0 {
+		return rule{}, fmt.Errorf("it arrived with a single backslash, which JSON takes for a control character, in %s; %s", oneLine(text), quoting)
+	}
 	re, err := regexp.Compile(*keys.Regexp)
 	if err != nil {
 		return rule{}, fmt.Errorf("%s; the syntax is that of https://pkg.go.dev/regexp/syntax", oneLine(err.Error()))
@@ -68,7 +76,7 @@ func explainJSON(text string, err error) error {
 	var syntax *json.SyntaxError
 	var kind *json.UnmarshalTypeError
 	switch {
-	case strings.HasPrefix(text, "{") && strings.Contains(text, "regexp") && !strings.Contains(text, `"`):
+	case !strings.Contains(text, `"`) && strings.ContainsAny(text, "{:"):
 		return fmt.Errorf("it arrived without its double quotes, as %s: systemd or a shell took them out; %s", text, quoting)
 	case errors.As(err, &syntax) && strings.Contains(err.Error(), "in string escape code"):
 		return fmt.Errorf(`it arrived with a single backslash, before byte %d of %s: systemd or a shell took the other one out, or it was never there (the \. of a regexp is \\. in JSON); %s`, syntax.Offset, text, quoting)
@@ -166,9 +174,12 @@ func (r rule) path(name string) string {
 	return "_" // no engine has such a name; if one had, this keeps the metrics' own names whole
 }
 
-// maxNode is the length of a node in bytes: Carbon makes a folder of each, and
-// a file name holds no more on any common file system.
-const maxNode = 255
+// Lengths in bytes. Carbon makes a folder of each node, and a file name holds no more on any
+// common file system; and it hangs up on whoever sends a line of over 16,384 bytes.
+const (
+	maxNode = 255
+	maxPath = 1024
+)
 
 // graphitePath makes name a path that is safe on the wire and in Graphite: nodes of
 // [A-Za-z0-9_-] between single dots. Every other character becomes "_"; empty nodes go.
@@ -179,7 +190,8 @@ func graphitePath(name string) string {
 	for i, node := range nodes {
 		nodes[i] = graphiteNode(node)
 	}
-	return strings.Join(nodes, ".")
+	path := strings.Join(nodes, ".")
+	return strings.TrimSuffix(path[:min(len(path), maxPath)], ".")
 }
 
 // graphiteNode makes name one single node of a Graphite path.
@@ -193,9 +205,4 @@ func graphiteNode(name string) string {
 		}
 	}, name)
 	return node[:min(len(node), maxNode)]
-}
-
-// oneLine makes one line of the text of others, for a log or an error.
-func oneLine(text string) string {
-	return strings.Join(strings.Fields(text), " ")
 }

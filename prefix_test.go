@@ -26,7 +26,7 @@ func TestRuleMakesPaths(t *testing.T) {
 		{"", "a..b.", "a.b"},
 		{"", ".hidden", "hidden"},
 		{"", "...", "_"},
-		{`{"regexp":".*","into":"a b\nroot.forged 1 2\n"}`, "web", "a_b_root.forged_1_2_"},
+		{`{"regexp":".*","into":"a b;root.forged 1 2"}`, "web", "a_b_root.forged_1_2"},
 		{`{"regexp":".*","into":"../../etc;tag=*{x}[é]"}`, "web", "_._etc_tag___x____"},
 	} {
 		var r rule
@@ -44,6 +44,12 @@ func TestRuleMakesPaths(t *testing.T) {
 }
 
 func TestPathNodesFitIntoFileNames(t *testing.T) {
+	if path := graphitePath("a\nroot.forged 1 2\n"); path != "a_root.forged_1_2_" {
+		t.Errorf("a path that is two lines: %q", path)
+	}
+	if path := graphitePath(strings.Repeat(strings.Repeat("a", 250)+".", 70)); len(path) > 1024 || strings.HasSuffix(path, ".") {
+		t.Errorf("a path of %d bytes", len(path))
+	}
 	path := graphitePath(strings.Repeat("a", 300) + "." + strings.Repeat("ü", 300))
 	if want := strings.Repeat("a", 255) + "." + strings.Repeat("_", 255); path != want {
 		t.Errorf("got nodes of %d bytes in all", len(path))
@@ -76,6 +82,9 @@ func TestRuleRefusals(t *testing.T) {
 		// double quotes of a shell
 		{`{regexp:(.*)\\..*\\.(.*)\\..*,into:$1.$2}`, `^it arrived without its double quotes, as \{regexp:.*: systemd or a shell took them out; put the whole of it in single quotes; .*'--prefix=\{"regexp":"\(\.\*\)\\\\\\\\\.\.\*.*`},
 		{`{regexp:(.*)\..*,into:.}`, `^it arrived without its double quotes`},
+		{`{"regexp":"\bweb\b","into":"$1"}`, `^it arrived with a single backslash, which JSON takes for a control character, in .*; put the whole of it in single quotes; `},
+		{`into:.`, `^it arrived without its double quotes, as into:\.: systemd or a shell took them out; `}, // the last of a bash's brace expansion
+		{`--backstop=https://user:secret@h/publish/docker`, `^not a rule, and "?\(not shown, as it may hold a password\)"?; the form is `},
 		{`{"regexp":"(.*)\..*","into":"$1"}`, `^it arrived with a single backslash, .*; put the whole of it in single quotes; `},
 		{"{\"regexp\":\n\"(\",\"into\":\"\"}\n\n#", "^something follows"},
 	} {

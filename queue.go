@@ -141,9 +141,9 @@ func (q *queue) isClosed() bool {
 }
 
 // deliver posts what is in the queue, one batch at a time, until the queue is closed and
-// empty. What fails is tried again, after 1 s at first and 1 min in the end; once the queue
-// is closed, the first failure ends it. ctx ends it in any case. The error says how many
-// metrics were lost in all.
+// empty. What fails is tried again, after 1 s at first and 1 min in the end; a try that was
+// begun after the queue was closed and fails is the last. ctx ends it in any case. The error says
+// how many metrics were lost in all.
 func (q *queue) deliver(ctx context.Context) error {
 	var (
 		pause   = newBackOff()
@@ -163,7 +163,7 @@ func (q *queue) deliver(ctx context.Context) error {
 			}
 			continue
 		}
-		start := time.Now()
+		start, last := time.Now(), q.isClosed()
 		err := q.to.post(ctx, batch.body)
 		var refusal *refusal
 		final := errors.As(err, &refusal) && refusal.isFinal()
@@ -187,9 +187,9 @@ func (q *queue) deliver(ctx context.Context) error {
 			}
 			if text := errorText(err); text != trouble {
 				trouble = text
-				q.log.Error("metrics not delivered; they are kept and sent again", "error", text)
+				q.log.Error("metrics not delivered", "error", text)
 			}
-			if q.isClosed() {
+			if last || ctx.Err() != nil {
 				lost := q.abandon()
 				q.log.Error("ending without having delivered everything", "lost", lost, "error", trouble)
 				return lossOf(lost+refused, "not delivered")

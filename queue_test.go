@@ -123,7 +123,7 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 				t.Errorf("a pause of %s", pause)
 			}
 		}
-		want := `level=ERROR msg="metrics not delivered; they are kept and sent again" error="connection refused"
+		want := `level=ERROR msg="metrics not delivered" error="connection refused"
 level=INFO msg="metrics are delivered again" failed_for=1`
 		if got := log.take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 || !strings.Contains(got, "given_up=0") {
 			t.Errorf("logged\n%swant\n%s", got, want)

@@ -29,7 +29,7 @@ type standIn struct {
 	fault    http.HandlerFunc  // answers in Backstop's place
 	points   map[string]string // "name time" → value
 	requests []int             // items of each request that was taken
-	inFlight int
+	inFlight *int
 	arrived  chan struct{} // closed at the next arrival
 }
 
@@ -42,7 +42,7 @@ func newStandIn(t testing.TB) *standIn {
 }
 
 func unstartedStandIn(complain func(string, ...any)) *standIn {
-	return &standIn{complain: complain, points: map[string]string{}, arrived: make(chan struct{})}
+	return &standIn{complain: complain, points: map[string]string{}, inFlight: new(int), arrived: make(chan struct{})}
 }
 
 func (s *standIn) stop() {
@@ -55,6 +55,14 @@ func (s *standIn) set(auth string, fault http.HandlerFunc) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.auth, s.fault = auth, fault
+}
+
+// drop cuts off the requests that are under way.
+func (s *standIn) drop() {
+	s.mu.Lock()
+	s.inFlight = new(int) // those cut off may take a moment to notice
+	s.mu.Unlock()
+	s.CloseClientConnections()
 }
 
 // await waits until some points whose names match the pattern have arrived, or t fails.
@@ -102,15 +110,15 @@ var (
 
 func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
-	s.inFlight++
-	if s.inFlight > 1 {
-		s.complain("%d requests in flight", s.inFlight)
+	inFlight := s.inFlight
+	if *inFlight++; *inFlight > 1 {
+		s.complain("%d requests in flight", *inFlight)
 	}
 	auth, fault := s.auth, s.fault
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
-		s.inFlight--
+		*inFlight--
 		s.mu.Unlock()
 	}()
 	if fault != nil {

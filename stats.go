@@ -15,7 +15,7 @@ import (
 // stats is what is used of a stats answer. What the engine did not send is nil.
 // https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
 type stats struct {
-	Read     time.Time          `json:"read"`
+	Read     *time.Time         `json:"read"`
 	NumProcs uint64             `json:"num_procs"` // CPUs, Windows only
 	CPU      cpuStats           `json:"cpu_stats"`
 	Memory   memoryStats        `json:"memory_stats"`
@@ -118,6 +118,8 @@ func decodeStats(body []byte) (*stats, error) {
 		return nil, rubbish{fmt.Errorf("its stats answer has %s for %s", kind.Value, kind.Field)}
 	case err != nil:
 		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
+	case s.Read == nil:
+		return nil, rubbish{errors.New("its stats answer has no time of reading")}
 	case s.Read.IsZero():
 		return nil, errStopped
 	case s.Read.Unix() < 0:
@@ -340,7 +342,7 @@ func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
 	if s.CPU.Usage.Total == nil {
 		return nil
 	}
-	sample := &cpuSample{startedAt, s.Read, *s.CPU.Usage.Total, 0, s.CPU.online()}
+	sample := &cpuSample{startedAt, *s.Read, *s.CPU.Usage.Total, 0, s.CPU.online()}
 	if from.windows {
 		sample.cpus = s.NumProcs
 	}

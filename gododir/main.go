@@ -43,7 +43,7 @@ func tasks(p *do.Project) {
 	}).Src("../*.{go,mod,sum}", "../testdata/**").Desc("Vets and tests; watches testdata too")
 
 	p.Task("build", nil, func(c *do.Context) {
-		c.Run("go build -trimpath -o docker-stats-to-backstop .", top)
+		c.Run("CGO_ENABLED=0 go build -trimpath -o docker-stats-to-backstop .", top)
 	}).Src("../*.{go,mod,sum}", "!../*_test.go").Desc("Builds docker-stats-to-backstop")
 
 	p.Task("run", do.S{"build"}, func(c *do.Context) {

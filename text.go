@@ -1,0 +1,90 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+// What others say, made fit for a log line or an error: one line, no secrets, and the same
+// text for the same trouble.
+
+// oneLine makes one line of the text of others, for a log or an error.
+func oneLine(text string) string {
+	return strings.Join(strings.Fields(text), " ")
+}
+
+// firstLine returns the first line of text that says anything, at most 200 bytes of it, without
+// control characters.
+func firstLine(text string) string {
+	for line := range strings.Lines(text) {
+		if line = strings.TrimSpace(line); line != "" {
+			line = strings.Map(func(r rune) rune {
+				if r < ' ' || r == 0x7f {
+					return -1
+				}
+				return r
+			}, line)
+			return strings.ToValidUTF8(line[:min(len(line), 200)], "")
+		}
+	}
+	return ""
+}
+
+// errorText is err in one line, "" if it is nil.
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return oneLine(err.Error())
+}
+
+// plainly returns the reason for which ctx ended, where it did, and else err in one line, without the
+// URL that net/http puts before it, which for a socket is none that a reader knows.
+func plainly(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	var status *docker.Error
+	if errors.As(err, &status) { // a proxy's can be a whole page
+		return &docker.Error{Status: status.Status, Message: firstLine(status.Message)}
+	}
+	var inURL *url.Error
+	if errors.As(err, &inURL) {
+		err = inURL.Err
+	}
+	return stable(err)
+}
+
+// stable returns err without what differs from one connection to the next, the port at our end, where the
+// network is to blame: the log tells only what has changed.
+func stable(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Source != nil {
+		same := *op
+		same.Source = nil
+		return &same
+	}
+	return err
+}
+
+// withoutUser is u without what may be secret in it.
+func withoutUser(u *url.URL) string {
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+}
+
+// shown is text of a user's as it may be shown: not at all, if there may be a password in it.
+func shown(text string) string {
+	if strings.ContainsAny(text, "@") || strings.Contains(text, "://") {
+		return "(not shown, as it may hold a password)"
+	}
+	return fmt.Sprintf("%q", text)
+}
