@@ -186,18 +186,8 @@ func parseOptions(args []string) (*options, error) {
 			return nil, fmt.Errorf("%s: %w", from("prefix"), err)
 		}
 	}
-	for name := range strings.SplitSeq(per, ",") {
-		switch strings.TrimSpace(name) {
-		case "core":
-			opts.per.core = true
-		case "interface":
-			opts.per.iface = true
-		case "device":
-			opts.per.device = true
-		case "":
-		default:
-			return nil, fmt.Errorf("%s: there are no series per %s; write core, interface, device, or several of them with commas between", from("per"), shown(name))
-		}
+	if opts.per, err = parseDetails(per); err != nil {
+		return nil, fmt.Errorf("%s: %w", from("per"), err)
 	}
 	// A container that hangs must not cost the others their next poll.
 	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll-opts.poll/10)); err != nil {

@@ -131,6 +131,24 @@ func decodeStats(body []byte) (*stats, error) {
 // details says which of the finer series are wanted.
 type details struct{ core, iface, device bool }
 
+// parseDetails reads a list such as "core,device"; an empty one asks for none.
+func parseDetails(list string) (per details, err error) {
+	for name := range strings.SplitSeq(list, ",") {
+		switch strings.TrimSpace(name) {
+		case "core":
+			per.core = true
+		case "interface":
+			per.iface = true
+		case "device":
+			per.device = true
+		case "":
+		default:
+			return per, fmt.Errorf("there are no series per %s; write core, interface, device, or several of them with commas between", shown(name))
+		}
+	}
+	return per, nil
+}
+
 // flatten makes metrics of s, under path. What is not there is not sent: absent is not 0.
 func (s *stats) flatten(path string, from origin, per details) *flattener {
 	f := &flattener{metrics: make([]metric, 0, 48), path: path, at: s.Read.Unix()}
