@@ -1,8 +1,12 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
+	"fmt"
 	"math"
 	"strconv"
+	"strings"
 )
 
 // metric is one point of a Graphite series.
@@ -29,6 +33,23 @@ func decimal(f float64) (v value, ok bool) {
 		return value{}, false
 	}
 	return value{uint64(thousandths), true}, true
+}
+
+// parseValue undoes append; ok is false for what append never makes.
+func parseValue(text string) (v value, ok bool) {
+	units, decimals, hasPoint := strings.Cut(text, ".")
+	n, err := strconv.ParseUint(units, 10, 64)
+	if err != nil || !hasPoint {
+		return whole(n), err == nil
+	}
+	if len(decimals) > 3 {
+		return value{}, false
+	}
+	thousandths, err := strconv.ParseUint((decimals + "00")[:3], 10, 64)
+	if err != nil || len(decimals) == 0 || n > math.MaxUint64/1000-1 {
+		return value{}, false
+	}
+	return value{n*1000 + thousandths, true}, true
 }
 
 // append appends v in plain decimal notation, which JSON and Carbon share.
@@ -81,4 +102,35 @@ func encode(metrics []metric) []byte {
 		body = m.appendJSON(body)
 	}
 	return append(body, ']')
+}
+
+// decode undoes encode. It takes nothing that is not fit for Graphite, so that neither a spoilt disk
+// nor a stranger's file reaches Backstop, which checks nothing.
+func decode(body []byte) ([]metric, error) {
+	var items []struct {
+		Metric      string      `json:"metric"`
+		Value       json.Number `json:"value"`
+		MeasureTime int64       `json:"measure_time"`
+	}
+	if err := json.Unmarshal(body, &items); err != nil {
+		return nil, fmt.Errorf("not metrics in JSON: %w", err)
+	}
+	metrics := make([]metric, len(items))
+	for i, item := range items {
+		v, ok := parseValue(item.Value.String())
+		if !ok || !isGraphitePath(item.Metric) || item.MeasureTime <= 0 {
+			return nil, fmt.Errorf("item %d is no metric: %.200q = %.50q at %d", i+1, item.Metric, item.Value, item.MeasureTime)
+		}
+		metrics[i] = metric{item.Metric, v, item.MeasureTime}
+	}
+	return metrics, nil
+}
+
+// lastOf returns the body of a request that has only the last metric of body, which encode made.
+func lastOf(body []byte) []byte {
+	// No name, number or time has a brace in it.
+	if i := bytes.LastIndexByte(body, '{'); i > 0 {
+		return append([]byte{'['}, body[i:]...)
+	}
+	return body
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"math"
+	"strings"
 	"testing"
 )
 
@@ -34,6 +35,47 @@ func TestDecimals(t *testing.T) {
 	for _, f := range []float64{-1, math.NaN(), math.Inf(1), math.Inf(-1), 1e300} {
 		if v, ok := decimal(f); ok {
 			t.Errorf("%v was taken as %s", f, v.append(nil))
+		}
+	}
+}
+
+func TestDecodeUndoesEncode(t *testing.T) {
+	p, _ := decimal(12.5)
+	q, _ := decimal(0.001)
+	metrics := []metric{
+		{"web.cpu.total", whole(math.MaxUint64), 1795409680}, {"web.cpu.percent", p, 1795409681}, {"a.b", q, 1}, {"a", whole(0), 9_999_999_999},
+	}
+	got, err := decode(encode(metrics))
+	if err != nil || asLines(got) != asLines(metrics) {
+		t.Errorf("%s %v, want %s", asLines(got), err, asLines(metrics))
+	}
+	for body, want := range map[string]string{
+		``:      "not metrics in JSON: ",
+		`[] []`: "not metrics in JSON: ",
+		`[1]`:   "not metrics in JSON: ",
+		`[{"metric":"a","value":1,"measure_time":1.5}]`:                  "not metrics in JSON: ",
+		`[{"metric":"a","value":1,"measure_time":1},{}]`:                 `item 2 is no metric: "" = "" at 0`,
+		`[{"metric":"a b","value":1,"measure_time":1}]`:                  `item 1 is no metric: "a b" = "1" at 1`,
+		`[{"metric":"a\nb.c 1 1","value":1,"measure_time":1}]`:           `item 1 is no metric: "a\nb.c 1 1" = "1" at 1`,
+		`[{"metric":"a..b","value":1,"measure_time":1}]`:                 `item 1 is no metric`,
+		`[{"metric":"a","value":-1,"measure_time":1}]`:                   `item 1 is no metric`,
+		`[{"metric":"a","value":1e9,"measure_time":1}]`:                  `item 1 is no metric`,
+		`[{"metric":"a","value":1.2345,"measure_time":1}]`:               `item 1 is no metric`,
+		`[{"metric":"a","value":1,"measure_time":0}]`:                    `item 1 is no metric`,
+		`[{"metric":"a","value":null,"measure_time":1}]`:                 `item 1 is no metric`,
+		`[{"metric":"a","value":99999999999999999999,"measure_time":1}]`: `item 1 is no metric`,
+	} {
+		if got, err := decode([]byte(body)); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v, error %v", body, got, err)
+		}
+	}
+}
+
+func TestLastOf(t *testing.T) {
+	metrics := []metric{{"a.b", whole(1), 1}, {"a.c", whole(2), 2}}
+	for n := range 3 {
+		if got, want := string(lastOf(encode(metrics[:n]))), string(encode(metrics[max(n-1, 0):n])); got != want {
+			t.Errorf("%s, want %s", got, want)
 		}
 	}
 }

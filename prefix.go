@@ -194,6 +194,17 @@ func graphitePath(name string) string {
 	return strings.TrimSuffix(path[:min(len(path), maxPath)], ".")
 }
 
+// isGraphitePath tells whether name is what graphitePath makes, with or without a metric's own name
+// behind it.
+func isGraphitePath(name string) bool {
+	for node := range strings.SplitSeq(name, ".") {
+		if node == "" || graphiteNode(node) != node {
+			return false
+		}
+	}
+	return len(name) <= 2*maxPath
+}
+
 // graphiteNode makes name one single node of a Graphite path.
 func graphiteNode(name string) string {
 	node := strings.Map(func(r rune) rune {
