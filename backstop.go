@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -19,6 +20,13 @@ const (
 	// keepAlive is how long an idle connection is kept. Backstop's server closes one
 	// after 20 s, and a request sent just then would be lost.
 	keepAlive = 15 * time.Second
+	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted in less.
+	leadAfter = time.Second
+	// leadPause is what Carbon's host has to tell Backstop's that the connection is dead: more than the
+	// round trip between the two.
+	leadPause = 50 * time.Millisecond
+	// maxRetryAfter is how far we follow a Retry-After.
+	maxRetryAfter = time.Hour
 )
 
 // backstop is the client of one Backstop URL.
@@ -28,6 +36,9 @@ type backstop struct {
 	auth      *url.Userinfo
 	transport *http.Transport // and no http.Client, which would follow redirects: a POST would turn into a GET
 	timeout   time.Duration   // for a request
+	leadAfter time.Duration   // the pause after which a lead goes ahead
+	leadPause time.Duration   // between it and what follows
+	asked     time.Time       // when a request last succeeded, or a lead was last sent
 }
 
 // newBackstop prepares for posting to an http or https URL such as
@@ -48,7 +59,8 @@ func newBackstop(text string) (*backstop, error) {
 	case strings.Trim(u.Path, "/") == "":
 		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, where PREFIX is one of its PREFIXES; " + want)
 	}
-	b := &backstop{url: u, auth: u.User, transport: http.DefaultTransport.(*http.Transport).Clone(), timeout: postTimeout}
+	b := &backstop{url: u, auth: u.User, transport: http.DefaultTransport.(*http.Transport).Clone(),
+		timeout: postTimeout, leadAfter: leadAfter, leadPause: leadPause}
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
 	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/") // Backstop answers 404 to a trailing slash
 	b.transport.IdleConnTimeout = keepAlive
@@ -82,7 +94,32 @@ func (b *backstop) passwordTrouble() string {
 // post sends one request with a body from encode. It returns nil only when Backstop said
 // that it has taken it (2xx), *refusal when it said anything else, and other errors when it
 // could not be asked.
+//
+// Backstop's word is not enough after a pause: it keeps one connection to Carbon, and when Carbon was
+// restarted meanwhile, it answers 200 and loses what it writes until the connection's end is noticed, up to the
+// whole body. So after a pause the body's last metric goes ahead, twice: the first finds the connection
+// dead, the second makes Backstop open another. Whatever becomes of the two, the body has that metric as well.
 func (b *backstop) post(ctx context.Context, body []byte) error {
+	if time.Since(b.asked) > b.leadAfter {
+		for range 2 {
+			var r *refusal
+			err := b.request(ctx, lastOf(body))
+			if err != nil && !(errors.As(err, &r) && r.remedy() == halveIt) { // that is to be found out with the body
+				return err
+			}
+			select {
+			case <-time.After(b.leadPause):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+		b.asked = time.Now()
+	}
+	return b.request(ctx, body)
+}
+
+// request sends one request, as post does, but for the lead.
+func (b *backstop) request(ctx context.Context, body []byte) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, b.timeout, noAnswer(b.timeout))
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url.String(), bytes.NewReader(body))
@@ -105,12 +142,15 @@ func (b *backstop) post(ctx context.Context, body []byte) error {
 	start, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	io.CopyN(io.Discard, resp.Body, 256<<10)
 	if resp.StatusCode/100 == 2 {
+		b.asked = time.Now()
 		return nil
 	}
+	line := firstLine(b.withoutSecrets(string(start)))
 	return &refusal{
-		status: resp.StatusCode,
-		line:   firstLine(b.withoutSecrets(string(start))),
-		hint:   hint(resp),
+		status:     resp.StatusCode,
+		line:       line,
+		hint:       hint(resp, line),
+		retryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now()),
 	}
 }
 
@@ -134,6 +174,8 @@ type refusal struct {
 	status int
 	line   string // the first of the answer
 	hint   string // what to do, if that is known
+
+	retryAfter time.Duration // what it asks for, 0 for nothing
 }
 
 func (r *refusal) Error() string {
@@ -147,20 +189,47 @@ func (r *refusal) Error() string {
 	return text
 }
 
-// isFinal tells whether the same metrics would be refused for ever. The other refusals are
-// for whoever runs Backstop to mend, or pass.
-func (r *refusal) isFinal() bool {
+// remedy is what to do about a refusal.
+type remedy int
+
+const (
+	tryAgain remedy = iota // it passes
+	halveIt                // a part of the request is to blame, or its size
+	mendIt                 // whoever runs Backstop, or this daemon, has something to mend
+)
+
+func (r *refusal) remedy() remedy {
 	switch r.status {
-	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusRequestTimeout,
-		http.StatusProxyAuthRequired, http.StatusTooEarly, http.StatusTooManyRequests:
-		return false
+	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
+		return tryAgain
+	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
+		return halveIt
 	}
-	return r.status/100 == 4
+	if r.status/100 == 5 {
+		return tryAgain
+	}
+	return mendIt
 }
 
-// hint says what to do about an answer.
-func hint(resp *http.Response) string {
+// retryAfter reads a header of that name, seconds or a date, 0 if it is neither:
+// https://www.rfc-editor.org/rfc/rfc9110#field.retry-after.
+func retryAfter(text string, now time.Time) time.Duration {
+	var d time.Duration
+	if seconds, err := strconv.ParseUint(text, 10, 32); err == nil {
+		d = time.Duration(seconds) * time.Second
+	} else if at, err := http.ParseTime(text); err == nil {
+		d = at.Sub(now)
+	}
+	return min(max(d, 0), maxRetryAfter)
+}
+
+// hint says what to do about an answer with that line.
+func hint(resp *http.Response, line string) string {
 	switch resp.StatusCode {
+	case http.StatusBadRequest:
+		if line != "missing fields" && line != "JSON is required" {
+			return "this is not Backstop's answer: check what is at the address in --backstop, and whether it wants https://"
+		}
 	case http.StatusUnauthorized:
 		return "check user and password in --backstop against BACKSTOP_AUTH, which Backstop was started with"
 	case http.StatusForbidden:
@@ -180,6 +249,7 @@ func hint(resp *http.Response) string {
 // of Carbon's plaintext protocol.
 func printer(w io.Writer) destination {
 	return destination{
+		name: "standard output",
 		encode: func(metrics []metric) []byte {
 			var lines []byte
 			for _, m := range metrics {

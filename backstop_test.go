@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -86,29 +87,30 @@ func TestPostFailures(t *testing.T) {
 	for _, test := range []struct {
 		why, path string
 		fault     http.HandlerFunc
-		final     bool
+		remedy    remedy
 		want      string
 	}{
-		{"no credentials", "/publish/docker", nil, false, `^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
-		{"another prefix", "/publish/doker", nil, false, `^answer 404 Not Found: unknown prefix; the path in --backstop has to be /publish/ and one of the PREFIXES`},
-		{"two segments", "/publish/docker/x", nil, false, `^answer 404 Not Found: <!DOCTYPE html>; the path`},
-		{"forbidden", "/publish/docker", answerWith(403, "Host not permitted"), false, `^answer 403 Forbidden: Host not permitted; Backstop in development mode.*RACK_ENV=production`},
-		{"bad metric", "/publish/docker", answerWith(400, "missing fields"), true, `^answer 400 Bad Request: missing fields$`},
-		{"too large", "/publish/docker", answerWith(413, ""), true, `^answer 413 Request Entity Too Large$`},
-		{"slow down", "/publish/docker", answerWith(429, ""), false, `^answer 429 Too Many Requests$`},
-		{"stalled", "/publish/docker", answerWith(408, ""), false, `^answer 408 Request Timeout$`},
-		{"carbon is down", "/publish/docker", answerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), false, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
-		{"no content", "/publish/docker", answerWith(304, ""), false, `^answer 304 Not Modified$`},
-		{"moved", "/publish/docker", moved(301), false, `^answer 301 Moved Permanently; set --backstop to the address that it redirects to: http://elsewhere/publish/docker$`},
-		{"moved, method kept", "/publish/docker", moved(307), false, `^answer 307 Temporary Redirect; set --backstop to the address`},
-		{"hung up", "/publish/docker", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, false, `^EOF$`},
-		{"a long line", "/publish/docker", answerWith(500, strings.Repeat("ü", 1000)), false, `^answer 500 Internal Server Error: ü{100}$`},
+		{"no credentials", "/publish/docker", nil, mendIt, `^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
+		{"another prefix", "/publish/doker", nil, mendIt, `^answer 404 Not Found: unknown prefix; the path in --backstop has to be /publish/ and one of the PREFIXES`},
+		{"two segments", "/publish/docker/x", nil, mendIt, `^answer 404 Not Found: <!DOCTYPE html>; the path`},
+		{"forbidden", "/publish/docker", answerWith(403, "Host not permitted"), mendIt, `^answer 403 Forbidden: Host not permitted; Backstop in development mode.*RACK_ENV=production`},
+		{"bad metric", "/publish/docker", answerWith(400, "missing fields"), halveIt, `^answer 400 Bad Request: missing fields$`},
+		{"not Backstop", "/publish/docker", answerWith(400, "Client sent an HTTP request to an HTTPS server."), halveIt, `^answer 400 Bad Request: Client sent an HTTP request to an HTTPS server.; this is not Backstop's answer: check what is at the address in --backstop, and whether it wants https://$`},
+		{"too large", "/publish/docker", answerWith(413, ""), halveIt, `^answer 413 Request Entity Too Large$`},
+		{"slow down", "/publish/docker", answerWith(429, ""), tryAgain, `^answer 429 Too Many Requests$`},
+		{"stalled", "/publish/docker", answerWith(408, ""), tryAgain, `^answer 408 Request Timeout$`},
+		{"carbon is down", "/publish/docker", answerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), tryAgain, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
+		{"no content", "/publish/docker", answerWith(304, ""), mendIt, `^answer 304 Not Modified$`},
+		{"moved", "/publish/docker", moved(301), mendIt, `^answer 301 Moved Permanently; set --backstop to the address that it redirects to: http://elsewhere/publish/docker$`},
+		{"moved, method kept", "/publish/docker", moved(307), mendIt, `^answer 307 Temporary Redirect; set --backstop to the address`},
+		{"hung up", "/publish/docker", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, tryAgain, `^EOF$`},
+		{"a long line", "/publish/docker", answerWith(500, strings.Repeat("ü", 1000)), tryAgain, `^answer 500 Internal Server Error: ü{100}$`},
 		{"an address that is none", "/publish/docker", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Location", "http://user:password%zz@h/x")
 			w.WriteHeader(302)
-		}, false, `^answer 302 Found$`},
-		{"secrets across the cut", "/publish/docker", answerWith(500, strings.Repeat("x", 195)+"password"), false, `^answer 500 Internal Server Error: x{195}xxxxx$`},
-		{"secrets repeated", "/publish/docker", answerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), false, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
+		}, mendIt, `^answer 302 Found$`},
+		{"secrets across the cut", "/publish/docker", answerWith(500, strings.Repeat("x", 195)+"password"), tryAgain, `^answer 500 Internal Server Error: x{195}xxxxx$`},
+		{"secrets repeated", "/publish/docker", answerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), tryAgain, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
 	} {
 		auth := "user:other"
 		if test.path != "/publish/docker" {
@@ -121,7 +123,7 @@ func TestPostFailures(t *testing.T) {
 			continue
 		}
 		var refusal *refusal
-		if !regexp.MustCompile(test.want).MatchString(err.Error()) || errors.As(err, &refusal) && refusal.isFinal() != test.final {
+		if !regexp.MustCompile(test.want).MatchString(err.Error()) || errors.As(err, &refusal) && refusal.remedy() != test.remedy {
 			t.Errorf("%s: %v", test.why, err)
 		}
 	}
@@ -200,5 +202,102 @@ func TestPasswordsThatBackstopDoesNotTake(t *testing.T) {
 	}
 	if got := mustBackstop(t, "http://h/publish/docker").passwordTrouble(); got != "" {
 		t.Errorf("without credentials: %q", got)
+	}
+}
+
+func TestRetryAfter(t *testing.T) {
+	now := time.Date(2026, 11, 23, 10, 0, 0, 0, time.UTC)
+	for text, want := range map[string]time.Duration{
+		"": 0, "7": 7 * time.Second, "0": 0, "-3": 0, "soon": 0, "1.5": 0, "99999999999999999999": 0,
+		"86400": time.Hour, "Mon, 23 Nov 2026 10:00:30 GMT": 30 * time.Second, "Mon, 23 Nov 2026 09:00:00 GMT": 0,
+		"Mon, 23 Nov 2099 10:00:00 GMT": time.Hour,
+	} {
+		if got := retryAfter(text, now); got != want {
+			t.Errorf("%q: %s, want %s", text, got, want)
+		}
+	}
+	s := newStandIn(t)
+	s.set("", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Retry-After", "120")
+		w.WriteHeader(503)
+	})
+	var r *refusal
+	if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), onePoint); !errors.As(err, &r) || r.retryAfter != 2*time.Minute {
+		t.Errorf("%v", err)
+	}
+}
+
+// After a pause, the last metric goes ahead, twice; else nothing does.
+func TestLead(t *testing.T) {
+	s := newStandIn(t)
+	b := mustBackstop(t, s.URL+"/publish/docker")
+	b.leadAfter = time.Hour
+	body := encode([]metric{{"web.a", whole(1), 1795409680}, {"web.b", whole(2), 1795409680}, {"web.c", whole(3), 1795409680}})
+	for range 2 {
+		if err := b.post(t.Context(), body); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := fmt.Sprint(s.requests); got != "[1 1 3 3]" {
+		t.Errorf("requests of %s", got)
+	}
+	b.asked = time.Now().Add(-time.Hour)
+	s.points = map[string]string{}
+	s.set("", nil)
+	if err := b.post(t.Context(), onePoint); err != nil {
+		t.Error(err)
+	}
+	if got := fmt.Sprint(s.requests); got != "[1 1 3 3 1 1 1]" {
+		t.Errorf("requests of %s", got)
+	}
+	// What is wrong with a metric is not found out by the lead.
+	b.asked = time.Time{}
+	var asked atomic.Int32
+	s.set("", func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		answerWith(400, "missing fields")(w, r)
+	})
+	for range 2 {
+		if err := b.post(t.Context(), body); err == nil || err.Error() != "answer 400 Bad Request: missing fields" {
+			t.Error(err)
+		}
+	}
+	if n := asked.Load(); n != 4 {
+		t.Errorf("%d requests, want the lead's two and two", n)
+	}
+}
+
+// Backstop loses metrics, and says 200, when Carbon was restarted; ours are not among them.
+func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
+	metrics := make([]metric, 100)
+	for i := range metrics {
+		metrics[i] = metric{fmt.Sprintf("web.m%d", i), whole(uint64(i)), 1795409680}
+	}
+	for _, test := range []struct {
+		roundTrip, pause time.Duration // between Backstop and Carbon; before the batch
+		idle             time.Duration
+		lost             bool
+	}{
+		{0, 50 * time.Millisecond, time.Minute, false},
+		{20 * time.Millisecond, 50 * time.Millisecond, time.Minute, false},
+		// Without the lead, so that the stand-in is known to be right
+		{0, 50 * time.Millisecond, 0, true},
+		{20 * time.Millisecond, 50 * time.Millisecond, 0, true},
+	} {
+		s := newStandIn(t)
+		b := mustBackstop(t, s.URL+"/publish/docker")
+		b.leadPause = test.pause
+		if err := b.post(t.Context(), onePoint); err != nil {
+			t.Fatal(err)
+		}
+		s.restartCarbon(test.roundTrip)
+		b.asked = time.Now().Add(-test.idle)
+		if err := b.post(t.Context(), encode(metrics)); err != nil {
+			t.Error(err)
+		}
+		got := strings.Count(s.lines(), "\n") - 1 // onePoint
+		if lost := got < len(metrics); lost != test.lost {
+			t.Errorf("%s from Carbon, after %s: %d of %d arrived", test.roundTrip, test.idle, got, len(metrics))
+		}
 	}
 }

@@ -77,7 +77,7 @@ func everyMetric(t *testing.T) []string {
 	c.sweep(t.Context())
 	r.on("/containers/fx-busy/stats", nil)
 	metrics = append(metrics, c.sweep(t.Context()).metrics...)
-	metrics = append(metrics, newQueue(destination{}, c.log).own("h", time.Now())...)
+	metrics = append(metrics, newQueue(destination{}, minSpool, c.log).own("h", time.Now())...)
 
 	var names []string
 	for _, m := range metrics {
@@ -193,7 +193,7 @@ func TestQuotingIsTheSameEverywhere(t *testing.T) {
 // systemd itself reads the unit, and the one in the README.
 func TestSystemdTakesTheUnits(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
-		noEngine(t, "no systemd-analyze: %v", err)
+		cannot(t, "no systemd-analyze: %v", err)
 	}
 	binary, err := exec.LookPath(program) // see testscript.Main
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
+	"github.com/docker/go-units"
 	"github.com/peterbourgon/ff/v3"
 )
 
@@ -58,6 +60,13 @@ over the variable, and an empty variable counts as unset.
                                    (default: the engine's name for its host)
   --per=LIST        SRV_PER        finer series as well: core, interface, device, or several of
                                    them with commas between (default: none)
+  --spool=DIR       SRV_SPOOL      keep metrics in this folder until Backstop has them, so that they
+                                   outlive a restart, a kill and a loss of power
+                                   (default: $STATE_DIRECTORY, which systemd sets, or else none:
+                                   they are kept in memory)
+  --spool-limit=SIZE  SRV_SPOOL_LIMIT
+                                   how much is kept at most, in either place; then the oldest are
+                                   given up (default: 256MiB)
   --once            SRV_ONCE       poll once, deliver, and exit: 0, or 1 if anything failed
   --verbose         SRV_VERBOSE    log every poll and delivery as well
   --version                        print the version and exit
@@ -70,17 +79,25 @@ const finishWithin = 10 * time.Second
 // maxCall is how long one call to the engine may take, where the poll interval allows.
 const maxCall = 10 * time.Second
 
+// Bounds of --spool-limit, in bytes. The least of it holds a sweep of a thousand containers and more.
+const (
+	minSpool = 1 << 20
+	maxSpool = 1 << 50
+)
+
 // options are those of the command line, checked.
 type options struct {
-	backstop *backstop // nil: standard output
-	engine   *engine
-	rule     rule
-	poll     time.Duration
-	host     string
-	per      details
-	once     bool
-	verbose  bool
-	version  bool
+	backstop   *backstop // nil: standard output
+	engine     *engine
+	rule       rule
+	poll       time.Duration
+	host       string
+	per        details
+	spool      string // the folder, absolute; "": in memory
+	spoolLimit int64  // bytes
+	once       bool
+	verbose    bool
+	version    bool
 }
 
 func main() {
@@ -106,7 +123,7 @@ func main() {
 func parseOptions(args []string) (*options, error) {
 	// All values are plain text for the flag package, and looked at below: its own error
 	// texts repeat the value, which may be a URL with a password.
-	var backstopURL, docker, prefix, poll, host, per, once, verbose, version string
+	var backstopURL, docker, prefix, poll, host, per, spool, spoolLimit, once, verbose, version string
 	flags := flag.NewFlagSet(program, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&backstopURL, "backstop", "-", "")
@@ -115,6 +132,9 @@ func parseOptions(args []string) (*options, error) {
 	flags.StringVar(&poll, "poll", "60s", "")
 	flags.StringVar(&host, "host", "", "")
 	flags.StringVar(&per, "per", "", "")
+	stateDirectory, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd's StateDirectory=
+	flags.StringVar(&spool, "spool", stateDirectory, "")
+	flags.StringVar(&spoolLimit, "spool-limit", "256MiB", "")
 	flags.BoolFunc("once", "", func(text string) error { once = text; return nil })
 	flags.BoolFunc("verbose", "", func(text string) error { verbose = text; return nil })
 	flags.BoolFunc("version", "", func(text string) error { version = text; return nil })
@@ -139,17 +159,23 @@ func parseOptions(args []string) (*options, error) {
 	}
 	// Where a value came from, for the message that refuses it.
 	from := func(name string) string {
-		if variable := "SRV_" + strings.ToUpper(name); !onLine[name] && os.Getenv(variable) != "" {
+		if onLine[name] {
+			return "--" + name
+		}
+		if variable := "SRV_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_")); os.Getenv(variable) != "" {
 			return variable
 		}
-		if name == "docker" && !onLine[name] {
+		switch name {
+		case "docker":
 			return "DOCKER_HOST"
+		case "spool":
+			return "STATE_DIRECTORY"
 		}
 		return "--" + name
 	}
 
 	opts := &options{host: host}
-	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per"} {
+	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per", "spool", "spool-limit"} {
 		value := flags.Lookup(name).Value.String()
 		if onLine[name] && value == "" {
 			return nil, fmt.Errorf("--%s is empty: give it a value, or leave it out for the default; see --help", name)
@@ -188,6 +214,20 @@ func parseOptions(args []string) (*options, error) {
 	}
 	if opts.per, err = parseDetails(per); err != nil {
 		return nil, fmt.Errorf("%s: %w", from("per"), err)
+	}
+	if spool != "" {
+		if opts.spool, err = filepath.Abs(spool); err != nil {
+			return nil, fmt.Errorf("%s: %w", from("spool"), err)
+		}
+		if trouble := spoolTrouble(opts.spool); trouble != "" {
+			return nil, fmt.Errorf("%s: %s: %s", from("spool"), spool, trouble)
+		}
+	}
+	if opts.spoolLimit, err = units.RAMInBytes(spoolLimit); err != nil {
+		return nil, fmt.Errorf("%s: %s is not a size; write one such as 256MiB or 1GiB", from("spool-limit"), shown(spoolLimit))
+	}
+	if opts.spoolLimit < minSpool || opts.spoolLimit > maxSpool {
+		return nil, fmt.Errorf("%s: %s is not between 1MiB and 1PiB; write a size such as 256MiB", from("spool-limit"), shown(spoolLimit))
 	}
 	// A container that hangs must not cost the others their next poll.
 	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll-opts.poll/10)); err != nil {
@@ -267,12 +307,18 @@ func run(opts *options, log *slog.Logger) error {
 
 	name, to := "standard output", printer(os.Stdout)
 	if opts.backstop != nil {
-		name, to = opts.backstop.String(), destination{encode, opts.backstop.post}
+		name, to = opts.backstop.String(), destination{"Backstop", encode, opts.backstop.post}
 		if trouble := opts.backstop.passwordTrouble(); trouble != "" {
 			log.Warn(trouble)
 		}
 	}
-	queue := newQueue(to, log.With("to", name))
+	queue := newQueue(to, opts.spoolLimit, log.With("to", name))
+	if opts.spool != "" && opts.backstop != nil {
+		if err := queue.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
+			log.Error("not started: the folder of --spool is not for us", "spool", opts.spool, "error", errorText(err))
+			return err
+		}
+	}
 	collector := &collector{engine: opts.engine, rule: opts.rule, per: opts.per, host: opts.host, log: log}
 	sweep := func(ctx context.Context) sweepResult {
 		start := time.Now()

@@ -18,15 +18,21 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){program: main})
 }
 
-// noEngine ends a test that needs what is not there: it is skipped, but where
+// cannot ends a test that needs what is not there: it is skipped, but where
 // REQUIRE_ENGINE is set, as script/test does, it fails.
-func noEngine(t *testing.T, format string, args ...any) {
+func cannot(t *testing.T, format string, args ...any) {
 	t.Helper()
 	why := fmt.Sprintf(format, args...)
 	if os.Getenv("REQUIRE_ENGINE") != "" {
 		t.Fatal(why)
 	}
-	t.Skip(why + "; script/engine brings one")
+	t.Skip(why)
+}
+
+// noEngine is cannot, for want of an engine or what comes with it.
+func noEngine(t *testing.T, format string, args ...any) {
+	t.Helper()
+	cannot(t, format+"; script/engine brings one", args...)
 }
 
 // TestScripts holds the command to what testdata/script says of it. Each script has an engine,

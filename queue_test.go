@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,42 +18,55 @@ import (
 func points(from, n int) []metric {
 	metrics := make([]metric, n)
 	for i := range metrics {
-		metrics[i] = metric{"web.a", whole(uint64(from + i)), 1795409680}
+		metrics[i] = metric{"web.a", whole(uint64(from + i)), 1795409680 + int64(from+i)}
 	}
 	return metrics
 }
 
 // receiver takes metrics, and fails as it is told.
 type receiver struct {
-	fail  func(attempt int) error
+	fail func(attempt int, values []int) error
+
+	mu    sync.Mutex
 	tries int
 	at    []time.Duration // of the tries
 	start time.Time
-	sizes []int
+	sizes []int // of the requests that were taken
 	got   []int // the values
 }
 
-func (r *receiver) destination() destination { return destination{encode, r.post} }
+func (r *receiver) destination() destination { return destination{"Backstop", encode, r.post} }
+
+// sofar returns the number of tries, and the values that arrived.
+func (r *receiver) sofar() (tries int, got []int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tries, slices.Clone(r.got)
+}
 
 func (r *receiver) post(_ context.Context, body []byte) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.start.IsZero() {
 		r.start = time.Now()
 	}
 	r.tries++
 	r.at = append(r.at, time.Since(r.start))
-	if r.fail != nil {
-		if err := r.fail(r.tries); err != nil {
-			return err
-		}
-	}
 	var items []struct{ Value int }
 	if err := json.Unmarshal(body, &items); err != nil {
 		return err
 	}
-	r.sizes = append(r.sizes, len(items))
-	for _, item := range items {
-		r.got = append(r.got, item.Value)
+	values := make([]int, len(items))
+	for i, item := range items {
+		values[i] = item.Value
 	}
+	if r.fail != nil {
+		if err := r.fail(r.tries, values); err != nil {
+			return err
+		}
+	}
+	r.sizes = append(r.sizes, len(items))
+	r.got = append(r.got, values...)
 	return nil
 }
 
@@ -69,9 +85,22 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 	}
 }
 
+// queue returns a queue for r that holds up to 1 MiB in memory, and its log.
+func (r *receiver) queue() (*queue, *logged) {
+	log := &logged{}
+	return newQueue(r.destination(), 1<<20, log.logger()), log
+}
+
+// figuresOf returns q's own figures, such as "sent 1, retried 0, dropped 0".
+func figuresOf(q *queue) string {
+	own := asLines(q.own("h", time.Unix(1, 0)))
+	m := regexp.MustCompile(`h\.metrics\.sent (\d+) 1\nh\.metrics\.retried (\d+) 1\nh\.metrics\.dropped (\d+) 1\n`).FindStringSubmatch(own)
+	return fmt.Sprintf("sent %s, retried %s, dropped %s", m[1], m[2], m[3])
+}
+
 func TestQueueDeliversInBatches(t *testing.T) {
-	r, log := &receiver{}, &logged{}
-	q := newQueue(r.destination(), log.logger())
+	r := &receiver{}
+	q, log := r.queue()
 	q.put(nil)
 	q.put(points(0, 12_001))
 	q.put(points(12_001, 3))
@@ -91,15 +120,15 @@ func TestQueueDeliversInBatches(t *testing.T) {
 // Sampling goes on while nothing can be delivered, and nothing is lost nor out of order.
 func TestQueueOutlastsAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, log := &receiver{}, &logged{}
+		r := &receiver{}
+		q, log := r.queue()
 		begin := time.Now()
-		r.fail = func(int) error {
+		r.fail = func(int, []int) error {
 			if time.Since(begin) < 10*time.Minute {
 				return errors.New("connection refused")
 			}
 			return nil
 		}
-		q := newQueue(r.destination(), log.logger())
 		done := make(chan error)
 		go func() { done <- q.deliver(t.Context()) }()
 		for i := range 20 {
@@ -111,8 +140,8 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 			t.Error(err)
 		}
 		r.inOrder(t, 0, 200)
-		if got, want := asLines(q.own("h", time.Unix(1, 0))), fmt.Sprintf("h.metrics.sent 200 1\nh.metrics.retried %d 1\n", 10*(r.tries-20)); !strings.HasPrefix(got, want) {
-			t.Errorf("its own figures are\n%s, after %d tries", got, r.tries)
+		if got, want := figuresOf(q), fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20)); got != want {
+			t.Errorf("its own figures are %s after %d tries, want %s", got, r.tries, want)
 		}
 		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits for long.
 		if r.tries < 20+10 || r.tries > 20+40 {
@@ -123,76 +152,294 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 				t.Errorf("a pause of %s", pause)
 			}
 		}
-		want := `level=ERROR msg="metrics not delivered" error="connection refused"
-level=INFO msg="metrics are delivered again" failed_for=1`
-		if got := log.take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 || !strings.Contains(got, "given_up=0") {
+		want := regexp.MustCompile(`^level=ERROR msg="Backstop unreachable, keeping metrics" since=2026-11-23T04:54:40Z error="connection refused"
+level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
+$`)
+		if got := log.take(); !want.MatchString(got) {
 			t.Errorf("logged\n%swant\n%s", got, want)
 		}
 	})
 }
 
-func TestQueueGivesUpWhatIsRefusedForEver(t *testing.T) {
-	r, log := &receiver{}, &logged{}
-	r.fail = func(try int) error {
-		if try == 1 {
-			return &refusal{status: 400, line: "missing fields"}
+// A backlog does not hold up what is measured now, and goes out oldest first.
+func TestQueueFreshGoesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue()
+		r.fail = func(try int, _ []int) error {
+			if try > 1 {
+				return nil
+			}
+			return errors.New("connection refused")
+		}
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(time.Second) // each request takes that long
+			return r.post(ctx, body)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 5 {
+			q.put(points(i, 1))
+		}
+		time.Sleep(5 * time.Second) // one of the backlog is under way
+		_, under := r.sofar()
+		q.put(points(100, 1))
+		time.Sleep(2500 * time.Millisecond)
+		if _, got := r.sofar(); !slices.Equal(got[len(under)+1:len(under)+2], []int{100}) {
+			t.Errorf("arrived %v, want the 100 after %v and one more", got, under)
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if got := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 }); !slices.Equal(got, []int{0, 1, 2, 3, 4}) {
+			t.Errorf("arrived %v", r.got)
+		}
+	})
+}
+
+func refusing(status int, bad func(value int) bool) func(int, []int) error {
+	return func(_ int, values []int) error {
+		if slices.ContainsFunc(values, bad) {
+			return &refusal{status: status, line: "missing fields"}
 		}
 		return nil
 	}
-	q := newQueue(r.destination(), log.logger())
-	q.put(points(0, 7))
-	q.put(points(7, 3))
-	q.close()
-	if err := q.deliver(t.Context()); err == nil || err.Error() != "7 metrics refused" {
-		t.Errorf("error %v", err)
-	}
-	if got, want := asLines(q.own("h", time.Unix(1, 0))), "h.metrics.sent 3 1\nh.metrics.retried 0 1\nh.metrics.dropped 7 1\nh.metrics.spooled 0 1\n"; got != want {
-		t.Errorf("its own figures are\n%s", got)
-	}
-	r.inOrder(t, 7, 10)
-	if got, want := log.take(), `level=ERROR msg="metrics refused; they are given up" metrics=7 error="answer 400 Bad Request: missing fields"`+"\n"; got != want {
-		t.Errorf("logged\n%swant\n%s", got, want)
+}
+
+// What is refused for ever is found, and nothing else is given up with it.
+func TestQueueFindsBadMetrics(t *testing.T) {
+	for _, test := range []struct {
+		bad  []int
+		most int // requests
+	}{
+		{[]int{0}, 29}, {[]int{4999}, 29}, {[]int{1234, 1235}, 54}, {[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 70}, {[]int{5, 1000, 2000, 3000, 4000}, 120},
+	} {
+		r := &receiver{fail: refusing(400, func(v int) bool { return slices.Contains(test.bad, v) })}
+		q, log := r.queue()
+		q.put(points(0, 5000))
+		q.put(points(5000, 3))
+		q.close()
+		if err := q.deliver(t.Context()); err == nil || err.Error() != fmt.Sprintf("%d metrics not delivered", len(test.bad)) {
+			t.Errorf("%v: error %v", test.bad, err)
+		}
+		slices.Sort(r.got)
+		var want []int
+		for v := range 5003 {
+			if !slices.Contains(test.bad, v) {
+				want = append(want, v)
+			}
+		}
+		if !slices.Equal(r.got, want) {
+			t.Errorf("%v: %d arrived", test.bad, len(r.got))
+		}
+		if r.tries > test.most {
+			t.Errorf("%v: %d requests", test.bad, r.tries)
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("sent %d, ", 5003-len(test.bad)); !strings.HasPrefix(got, want) || !strings.HasSuffix(got, fmt.Sprintf(" dropped %d", len(test.bad))) {
+			t.Errorf("%v: its own figures are %s", test.bad, got)
+		}
+		if got := log.take(); !strings.HasPrefix(got, fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d such_as="[{\"metric\":\"web.a\",\"value\":`, len(test.bad))) ||
+			!strings.Contains(got, `error="answer 400 Bad Request: missing fields"`) || strings.Count(got, "\n") != 1 {
+			t.Errorf("%v: logged %s", test.bad, got)
+		}
 	}
 }
 
-func TestQueueIsBounded(t *testing.T) {
-	log := &logged{}
-	r := &receiver{}
-	q := newQueue(r.destination(), log.logger())
-	fit := maxQueued / len(encode(points(1_000_000, maxBatch))) // batches
-	const first = 1_000_000                                     // so that all have as many digits
-	for i := range fit + 10 {
-		q.put(points(first+i*maxBatch, maxBatch))
+// Where every metric is refused, it is not the metrics: they are kept until that is mended.
+func TestQueueKeepsWhatIsRefusedAltogether(t *testing.T) {
+	for _, size := range []int{1, 5, 5000} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue()
+			begin := time.Now()
+			r.fail = func(_ int, values []int) error {
+				if time.Since(begin) < 3*time.Minute-time.Second {
+					return &refusal{status: 400}
+				}
+				return nil
+			}
+			q.put(points(0, size))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(time.Minute - time.Second)
+			if tries, _ := r.sofar(); tries > min(2*size, maxRefusals) {
+				t.Errorf("%d metrics: %d requests within a minute", size, tries)
+			}
+			time.Sleep(3 * time.Minute)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			r.inOrder(t, 0, size)
+			if got := fmt.Sprint(r.sizes); got != fmt.Sprint([]int{size}) {
+				t.Errorf("requests of %s", got)
+			}
+			if got := log.take(); strings.Count(got, "refuses metrics, keeping them") != 1 || strings.Count(got, "\n") != 2 {
+				t.Errorf("logged %s", got)
+			}
+		})
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="too many metrics wait to be delivered; from now on the oldest are given up" bytes=`) || !strings.Contains(got, "oldest=2026-11-23T04:54:40.000Z") {
-		t.Errorf("logged %s", got)
-	}
-	// A batch that comes back from a failed try is the oldest, so it is the one without room.
-	taken, _ := q.take()
-	q.put(points(first+(fit+10)*maxBatch, maxBatch))
-	q.giveBack(taken)
-	if own := asLines(q.own("h", time.Unix(1795409680, 0))); !strings.Contains(own, fmt.Sprintf("h.metrics.dropped %d ", 11*maxBatch)) || !strings.Contains(own, "h.metrics.spooled 13") {
-		t.Errorf("its own figures are\n%s", own)
-	}
+}
+
+// A request that is too large is halved, and the next ones are not made so large.
+func TestQueueLearnsHowMuchIsTaken(t *testing.T) {
+	r := &receiver{fail: func(_ int, values []int) error {
+		if len(values) > 1500 {
+			return &refusal{status: 413}
+		}
+		return nil
+	}}
+	q, log := r.queue()
+	q.put(points(0, 5000))
+	q.put(points(5000, 5000))
+	q.put(points(10_000, 600))
 	q.close()
 	if err := q.deliver(t.Context()); err != nil {
 		t.Error(err)
 	}
-	r.inOrder(t, first+11*maxBatch, first+(fit+11)*maxBatch)
+	r.inOrder(t, 0, 10_600)
+	if got := fmt.Sprint(r.sizes); got != "[1250 1250 1250 1250 1250 1250 1250 1250 600]" || r.tries != 9+3 {
+		t.Errorf("requests of %s, %d in all", got, r.tries)
+	}
+	if got := log.take(); got != "" {
+		t.Errorf("logged %s", got)
+	}
 }
 
-// Once closed, there is one try for each batch, and the loss is told in figures.
+// How long it waits after an answer.
+func TestQueuePace(t *testing.T) {
+	for _, test := range []struct {
+		err         error
+		least, most time.Duration
+		message     string
+	}{
+		{errors.New("connection refused"), 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop unreachable, keeping metrics"},
+		{&refusal{status: 500}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 408}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 401}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue()
+			r.fail = func(try int, _ []int) error {
+				if try == 1 {
+					return test.err
+				}
+				return nil
+			}
+			q.put(points(0, 1))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(2 * time.Hour)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if len(r.at) != 2 || r.at[1] < test.least || r.at[1] > test.most {
+				t.Errorf("%v: tries at %v", test.err, r.at)
+			}
+			if got := log.take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
+				t.Errorf("%v: logged %s", test.err, got)
+			}
+		})
+	}
+}
+
+// Each trouble is told once in an outage, however often it comes and goes.
+func TestQueueIsQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue()
+		r.fail = func(try int, _ []int) error {
+			switch {
+			case try == 4: // the first of two
+				return nil
+			case try < 10:
+				return fmt.Errorf("trouble %d", try%2)
+			case try < 30:
+				return fmt.Errorf("request %d failed", try)
+			}
+			return nil
+		}
+		q.put(points(0, 1))
+		q.put(points(1, 1))
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		time.Sleep(2 * time.Hour)
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		lines := log.take()
+		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 || strings.Count(lines, "reachable again") != 1 {
+			t.Errorf("logged\n%s", lines)
+		}
+	})
+}
+
+// put puts batches of about a kilobyte each, from that number on.
+func (r *receiver) put(q *queue, from, batches int) {
+	for i := range batches {
+		q.put(points(1_000_000+(from+i)*100, 100))
+	}
+}
+
+func TestQueueIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue()
+		r.put(q, 0, 1)
+		fit := int(q.limit / q.bytes)
+		r.put(q, 1, 4*fit)
+		lost := 4*fit + 1 - len(q.fresh)
+		if q.bytes > q.limit || q.bytes < q.limit*9/10 {
+			t.Errorf("%d bytes are held, want up to %d", q.bytes, q.limit)
+		}
+		// Never more than one line a minute, and nothing untold.
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`) ||
+			!strings.Contains(got, ` limit=1MiB`) {
+			t.Errorf("logged %s", got)
+		}
+		time.Sleep(time.Minute)
+		held := len(q.fresh)
+		r.put(q, 4*fit+1, 1)
+		lost += held + 1 - len(q.fresh)
+		want := fmt.Sprintf(`metrics=%d from=%s until=%s`, 100*(lost-1), inUTC(points(1_000_100, 1)[0].time), inUTC(points(1_000_000+100*(lost-1), 1)[0].time))
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
+			t.Errorf("logged %swant %s", got, want)
+		}
+		// The batch that is under way is not given up: it may just arrive.
+		if q.next() != q.fresh[0] {
+			t.Fatal("not the oldest")
+		}
+		first := q.inFlight
+		held = len(q.fresh)
+		r.put(q, 4*fit+2, 1)
+		if q.fresh[0] != first || len(q.fresh) > held {
+			t.Error("the batch in flight was given up")
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 100*(4*fit+3-len(q.fresh))); !strings.HasSuffix(got, want) {
+			t.Errorf("its own figures are %s, want %s", got, want)
+		}
+	})
+}
+
+// Once closed, there is one try, and the loss is told in figures.
 func TestQueueEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r, log := &receiver{}, &logged{}
-		r.fail = func(int) error { return errors.New("connection refused") }
-		q := newQueue(r.destination(), log.logger())
+		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+		q, log := r.queue()
 		done := make(chan error)
 		go func() { done <- q.deliver(t.Context()) }()
 		q.put(points(0, 10))
 		time.Sleep(10 * time.Minute) // until it waits for its next try for a minute or so
 		q.put(points(10, 5))
-		tries, closed := r.tries, time.Now()
+		closed := time.Now()
+		tries, _ := r.sofar()
 		q.close()
 		if err := <-done; err == nil || err.Error() != "15 metrics not delivered" {
 			t.Errorf("error %v", err)

@@ -27,10 +27,16 @@ type standIn struct {
 	mu       sync.Mutex
 	auth     string            // user:password, "" for none wanted
 	fault    http.HandlerFunc  // answers in Backstop's place
+	bad      string            // "name time" of a metric that is refused, though it is one
 	points   map[string]string // "name time" → value
 	requests []int             // items of each request that was taken
 	inFlight *int
-	arrived  chan struct{} // closed at the next arrival
+	patient  bool // whether requests may overlap: a client that gives one up may be back before it is noticed
+	// Backstop's connection to Carbon
+	roundTrip time.Duration
+	deadSince time.Time // when the first line was written to it after Carbon's end, zero if it lives
+	dead      bool
+	arrived   chan struct{} // closed at the next arrival
 }
 
 func newStandIn(t testing.TB) *standIn {
@@ -111,10 +117,10 @@ var (
 func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	inFlight := s.inFlight
-	if *inFlight++; *inFlight > 1 {
+	if *inFlight++; *inFlight > 1 && !s.patient {
 		s.complain("%d requests in flight", *inFlight)
 	}
-	auth, fault := s.auth, s.fault
+	fault := s.fault
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
@@ -125,6 +131,14 @@ func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fault(w, r)
 		return
 	}
+	s.answer(w, r)
+}
+
+// answer answers as usual.
+func (s *standIn) answer(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	auth := s.auth
+	s.mu.Unlock()
 	status, text := s.take(r, auth)
 	w.WriteHeader(status)
 	io.WriteString(w, text)
@@ -157,12 +171,37 @@ func (s *standIn) take(r *http.Request, auth string) (int, string) {
 		if len(item["metric"]) == 0 || len(item["value"]) == 0 || len(item["measure_time"]) == 0 {
 			return http.StatusBadRequest, "missing fields" // and the items before it are stored
 		}
+		if s.bad == strings.Trim(string(item["metric"]), `"`)+" "+string(item["measure_time"]) {
+			return http.StatusBadRequest, "missing fields"
+		}
 		s.store(item)
 	}
 	s.requests = append(s.requests, len(items))
 	close(s.arrived)
 	s.arrived = make(chan struct{})
 	return http.StatusOK, "ok"
+}
+
+// restartCarbon leaves the stand-in with a dead connection to Carbon, as a restart of Carbon does with Backstop, that far away.
+func (s *standIn) restartCarbon(roundTrip time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.roundTrip, s.dead, s.deadSince = roundTrip, true, time.Time{}
+}
+
+// reaches tells whether the next line reaches Carbon. Backstop swallows errors of writing. On a dead connection the first write
+// succeeds, and so do all others until Carbon's host has answered it, a round trip later; the write after that fails,
+// and with the next one Backstop makes a new connection.
+func (s *standIn) reaches() bool {
+	switch {
+	case !s.dead:
+		return true
+	case s.deadSince.IsZero():
+		s.deadSince = time.Now()
+	case time.Since(s.deadSince) >= s.roundTrip:
+		s.dead = false
+	}
+	return false
 }
 
 func (s *standIn) store(item map[string]json.RawMessage) {
@@ -181,7 +220,9 @@ func (s *standIn) store(item map[string]json.RawMessage) {
 	if err != nil || at < 1_000_000_000 || at > 9_999_999_999 {
 		s.complain("%s has the time %s, not whole Unix seconds", name, item["measure_time"])
 	}
-	s.points[fmt.Sprintf("%s %d", name, at)] = value
+	if s.reaches() {
+		s.points[fmt.Sprintf("%s %d", name, at)] = value
+	}
 }
 
 // hang is a fault: no answer for as long as the client waits for one.

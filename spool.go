@@ -1,0 +1,290 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/gofrs/flock"
+)
+
+// diskBlock is what a file takes at least: the limit is one of room on the disk.
+const diskBlock = 4 << 10
+
+// maxBody is how many bytes the metrics of one file are at most. maxBatch metrics of the longest
+// names are less; a file that unpacks to more is none of ours.
+const maxBody = 16 << 20
+
+// spool keeps batches in files, one each, in a folder of its own. Their names tell when and how
+// many, so that a start needs to read none of them:
+//
+//	20261123T105436Z-0000000042-4000.json.gz
+//
+// is the 42nd batch, 4,000 metrics of which the oldest was measured at 10:54:36 UTC: the body of
+// a request to Backstop, gzip'd. Its methods are called by one goroutine at a time, but for read.
+type spool struct {
+	dir string
+	log *slog.Logger
+
+	lock    *flock.Flock // nil while the folder is not ours
+	counter uint64       // the highest in a name so far
+	foreign bool         // whether it was said that there are files of others
+	bad     []file       // set aside, oldest first
+	// Delivered or given up, but still there. They count for nothing: a disk from which nothing can be removed
+	// takes nothing either, and to give up more would free no room.
+	litter []file
+}
+
+// file is one in the folder.
+type file struct {
+	name string
+	size int64 // bytes on the disk
+}
+
+const (
+	lockName  = "lock"
+	badSuffix = ".bad"
+)
+
+var (
+	spoolName = regexp.MustCompile(`^(\d{8}T\d{6}Z)-(\d{10,19})-(\d{1,9})\.json\.gz(\.bad)?$`)
+	// unfinishedName is what renameio calls a file that it has not renamed yet.
+	unfinishedName = regexp.MustCompile(`^\.\d{8}T\d{6}Z-\d{10,19}-\d{1,9}\.json\.gz\d+$`)
+)
+
+const spoolTime = "20060102T150405Z"
+
+// spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not there
+// yet. Whoever may write to it could make up metrics, or take them away.
+func spoolTrouble(dir string) string {
+	info, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, syscall.ENOTDIR) || err == nil && !info.IsDir():
+		return "not a folder"
+	case err != nil:
+		return ""
+	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
+		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): name one of its own, or chmod go-w it", info.Mode().Perm())
+	}
+	return ""
+}
+
+// errSpoolTaken is the trouble with a folder that another daemon uses.
+var errSpoolTaken = errors.New("another docker-stats-to-backstop uses this folder")
+
+// open makes the folder ours and returns the batches in it, oldest first, but those that are known already. It is
+// called again until it succeeds. The error is errSpoolTaken, a wrong mode, or what the system says.
+func (s *spool) open(known map[string]bool) ([]*batch, error) {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return nil, err
+	}
+	if trouble := spoolTrouble(s.dir); trouble != "" {
+		return nil, fmt.Errorf("%s: %s", s.dir, trouble)
+	}
+	path := filepath.Join(s.dir, lockName)
+	lock := flock.New(path, flock.SetPermissions(0o600))
+	locked, err := lock.TryLock()
+	if err != nil {
+		return nil, err
+	}
+	if !locked {
+		if holder, err := os.ReadFile(path); err == nil && len(holder) > 0 {
+			return nil, fmt.Errorf("%w: process %s", errSpoolTaken, firstLine(string(holder)))
+		}
+		return nil, errSpoolTaken
+	}
+	entries, err := os.ReadDir(s.dir) // sorted, and so oldest first
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	s.lock, s.bad, s.litter = lock, nil, nil
+	_ = os.WriteFile(path, fmt.Appendln(nil, os.Getpid()), 0o600) // for the message above, no more
+	return s.load(entries, known), nil
+}
+
+// load looks at what is in the folder.
+func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
+	var (
+		batches []*batch
+		foreign []string
+	)
+	for _, entry := range entries {
+		name := entry.Name()
+		parts := spoolName.FindStringSubmatch(name)
+		switch {
+		case name == lockName || known[name]:
+			continue
+		case unfinishedName.MatchString(name):
+			s.remove(file{name: name}) // its batch was not queued yet when we were killed
+			continue
+		case parts == nil:
+			foreign = append(foreign, name)
+			continue
+		}
+		counter, _ := strconv.ParseUint(parts[2], 10, 64)
+		s.counter = max(s.counter, counter)
+		var size int64
+		if info, err := entry.Info(); err == nil {
+			size = onDisk(info.Size())
+		}
+		if parts[4] != "" {
+			s.bad = append(s.bad, file{name, size})
+			continue
+		}
+		metrics, _ := strconv.Atoi(parts[3])
+		at, err := time.Parse(spoolTime, parts[1])
+		if err != nil || !entry.Type().IsRegular() {
+			s.setAside(file{name, size}, metrics, errors.New("not a file of ours"))
+			continue
+		}
+		batches = append(batches, &batch{file: name, size: size, metrics: metrics, oldest: at.Unix()})
+	}
+	if len(foreign) > 0 && !s.foreign {
+		s.foreign = true
+		s.log.Warn("the spool folder has files of others, which are left alone",
+			"files", len(foreign), "such_as", foreign[0])
+	}
+	return batches
+}
+
+func (s *spool) isOpen() bool { return s.lock != nil }
+
+// close lets others have the folder.
+func (s *spool) close() {
+	if s.lock != nil {
+		s.lock.Close()
+		s.lock = nil
+	}
+}
+
+// write puts b into a file and into safety: after it, b outlives a loss of power.
+func (s *spool) write(b *batch) error {
+	s.counter++
+	name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(b.oldest, 0).UTC().Format(spoolTime), s.counter, b.metrics)
+	if err := writeDurably(s.dir, name, b.packed); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			s.close() // the folder is gone, and with it the lock: another one has to be made
+		}
+		s.remove(file{name, onDisk(int64(len(b.packed)))}) // it may be there, though not in safety
+		return err
+	}
+	b.file, b.packed = name, nil
+	return nil
+}
+
+// read returns what is in a file. The error is fs.ErrNotExist, what the system says, or that it is not
+// what write wrote.
+func (s *spool) read(name string) (part, error) {
+	path := filepath.Join(s.dir, name)
+	info, err := os.Lstat(path)
+	switch {
+	case err != nil:
+		return part{}, err
+	case !info.Mode().IsRegular() || info.Size() > maxBody:
+		return part{}, errors.New("not a file of ours")
+	}
+	packed, err := os.ReadFile(path)
+	if err != nil {
+		return part{}, err
+	}
+	body, err := unpack(packed)
+	if err != nil {
+		return part{}, err
+	}
+	metrics, err := decode(body)
+	if err != nil {
+		return part{}, err
+	}
+	return part{encode(metrics), len(metrics)}, nil
+}
+
+// remove removes a file, now or, where that fails, at some tidy.
+func (s *spool) remove(f file) {
+	if err := os.Remove(filepath.Join(s.dir, f.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.litter = append(s.litter, f)
+	}
+}
+
+// tidy tries again to remove what could not be removed.
+func (s *spool) tidy() {
+	litter := s.litter
+	s.litter = nil
+	for _, f := range litter {
+		s.remove(f)
+	}
+}
+
+// setAside keeps a file that cannot be used for whoever wants to look at it, as long as there is room.
+func (s *spool) setAside(f file, metrics int, why error) {
+	s.log.Error("a spooled file cannot be used; it is set aside", "file", f.name+badSuffix, "metrics", metrics, "error", errorText(why))
+	old := filepath.Join(s.dir, f.name)
+	f.name += badSuffix
+	if err := os.Rename(old, filepath.Join(s.dir, f.name)); err == nil {
+		s.bad = append(s.bad, f)
+	}
+}
+
+// removeBad removes the oldest file that was set aside; ok is false if there is none.
+func (s *spool) removeBad() (ok bool) {
+	if len(s.bad) == 0 {
+		return false
+	}
+	f := s.bad[0]
+	s.bad = s.bad[1:]
+	// It may be a folder that somebody made. What is in it is not ours to remove.
+	s.remove(f)
+	return true
+}
+
+// onDisk returns what a file of so many bytes takes of the disk.
+func onDisk(bytes int64) int64 {
+	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
+}
+
+// isOurs tells whether err, from read, is not the file's trouble but this process's, and will pass.
+func isOurs(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
+// packer packs, one at a time, and keeps what gzip needs for it, a megabyte, for the next time.
+type packer struct{ gz *gzip.Writer }
+
+// pack gzips body. At the fastest level, metrics shrink to an eighth.
+func (p *packer) pack(body []byte) []byte {
+	if p.gz == nil {
+		p.gz, _ = gzip.NewWriterLevel(nil, gzip.BestSpeed) // fails only for a level that is none
+	}
+	var b bytes.Buffer
+	p.gz.Reset(&b)
+	p.gz.Write(body) // a Buffer takes everything
+	p.gz.Close()
+	return b.Bytes()
+}
+
+// unpack undoes pack. Whatever was cut off or changed is an error.
+func unpack(packed []byte) ([]byte, error) {
+	r, err := gzip.NewReader(bytes.NewReader(packed))
+	if err == nil {
+		var body []byte
+		if body, err = io.ReadAll(io.LimitReader(r, maxBody+1)); err == nil && len(body) <= maxBody {
+			return body, nil
+		}
+	}
+	if err == nil {
+		err = errors.New("too large")
+	}
+	return nil, fmt.Errorf("not a whole gzip file: %s", strings.TrimPrefix(err.Error(), "gzip: "))
+}

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// smallDisk mounts a disk of so many bytes in memory, and returns its folder.
+func smallDisk(t *testing.T, size string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "spool")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("spool", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
+		cannot(t, "a disk of the test's own needs root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// remount makes a disk read-only, or not.
+func remount(t *testing.T, dir string, flags uintptr) {
+	t.Helper()
+	if err := syscall.Mount("spool", dir, "tmpfs", syscall.MS_REMOUNT|flags, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// try makes one try of delivery.
+func try(t *testing.T, q *queue) {
+	t.Helper()
+	if err := q.send(t.Context(), q.next()); err != nil {
+		q.failed(err)
+	}
+}
+
+const diskTold, diskBack = `level=ERROR msg="the spool cannot be used; metrics are kept in memory until it can"`, `level=INFO msg="the spool can be used again"`
+
+func TestSpoolSurvivesAFullDisk(t *testing.T) {
+	dir := smallDisk(t, "64k")
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	q.put(points(0, 100))
+	try(t, q)
+	log.take()
+	for i := 1; i < 40; i++ {
+		q.put(points(i*100, 100))
+	}
+	onDisk := len(files(t, dir))
+	if onDisk < 5 || onDisk > 15 {
+		t.Errorf("%d files", onDisk)
+	}
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "no space left on device") {
+		t.Errorf("logged %s", got)
+	}
+	// What is delivered makes room for what is in memory.
+	down = false
+	for range 3 {
+		try(t, q)
+	}
+	q.put(points(4000, 100))
+	for _, name := range files(t, dir) {
+		if strings.HasPrefix(name, ".") {
+			t.Errorf("%s is left", name)
+		}
+	}
+	if n := len(files(t, dir)); n < onDisk-1 {
+		t.Errorf("only %d files; there were %d", n, onDisk)
+	}
+	if got := log.take(); got != "" {
+		t.Errorf("logged %s", got)
+	}
+	for q.metrics > 300 {
+		try(t, q)
+	}
+	q.put(points(4100, 100))
+	if got := log.take(); !strings.Contains(got, diskBack) {
+		t.Errorf("logged %s", got)
+	}
+	deliverAll(t, q)
+	if len(r.got) != 4200 {
+		t.Errorf("%d arrived", len(r.got))
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	remount(t, dir, syscall.MS_RDONLY)
+	for i := range 3 {
+		q.put(points(3+i, 1))
+	}
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "read-only file system") {
+		t.Errorf("logged %s", got)
+	}
+	try(t, q) // and its file cannot be removed
+	try(t, q)
+	if n := len(files(t, dir)); n != 3 {
+		t.Errorf("%d files", n)
+	}
+	remount(t, dir, 0)
+	q.put(points(6, 1))
+	if n := len(files(t, dir)); n != 5 { // of 7, 2 were delivered
+		t.Errorf("%d files", n)
+	}
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskBack) {
+		t.Errorf("logged %s", got)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 7)
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// What cannot be removed from it does not cost what is still to be delivered.
+func TestSpoolSurvivesAFullReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "4m")
+	r := &receiver{}
+	q, _ := r.spooled(t, dir)
+	for i := range 256 {
+		q.put(points(i, 1))
+	}
+	remount(t, dir, syscall.MS_RDONLY)
+	for i := range 10 {
+		q.put(points(256+i, 1))
+	}
+	if q.metrics != 256 {
+		t.Errorf("%d metrics are left", q.metrics)
+	}
+	remount(t, dir, 0)
+	q.put(points(266, 1))
+	if used := usedBy(t, dir); used != q.limit {
+		t.Errorf("%d bytes of files", used)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 11, 267)
+}
+
+// A disk that does not work at the start may do so later.
+func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 1))
+	q.spool.close()
+	if err := os.Remove(filepath.Join(dir, lockName)); err != nil {
+		t.Fatal(err)
+	}
+	remount(t, dir, syscall.MS_RDONLY)
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	q.put(points(1, 1))
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "read-only file system") {
+		t.Errorf("logged %s", got)
+	}
+	remount(t, dir, 0)
+	q.put(points(2, 1))
+	if n := len(files(t, dir)); n != 3 {
+		t.Errorf("%d files", n)
+	}
+	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "metrics of an earlier run wait in the spool") || !strings.Contains(got, diskBack) {
+		t.Errorf("logged %s", got)
+	}
+	deliverAll(t, q)
+	if len(r.got) != 3 {
+		t.Errorf("%v arrived", r.got)
+	}
+}
+
+// A folder that goes away under the daemon is made again.
+func TestSpoolSurvivesTheLossOfItsFolder(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	q.put(points(0, 1))
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	q.put(points(1, 1))
+	q.put(points(2, 1))
+	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, diskBack) {
+		t.Errorf("logged %s", got)
+	}
+	other := &spool{dir: dir, log: log.logger()}
+	if _, err := other.open(nil); !errors.Is(err, errSpoolTaken) {
+		t.Errorf("the new folder is not locked: %v", err)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 3) // the first was still in memory
+}

@@ -1,0 +1,391 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// spooled returns a queue for r with its spool in dir, and its log.
+func (r *receiver) spooled(t testing.TB, dir string) (*queue, *logged) {
+	t.Helper()
+	log := &logged{}
+	q := newQueue(r.destination(), 1<<20, log.logger())
+	if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(q.spool.close)
+	return q, log
+}
+
+// deliverAll delivers what is in q and ends it.
+func deliverAll(t *testing.T, q *queue) {
+	t.Helper()
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// files returns what is in a folder but the lock.
+func files(t testing.TB, dir string) []string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		if e.Name() != lockName {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+func newDir(t testing.TB) string { return filepath.Join(t.TempDir(), "a", "spool") }
+
+// What is queued is in a file when put returns, and the next run delivers it, oldest first.
+func TestSpoolOutlivesItsProcess(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 5001))
+	q.put(points(5001, 2))
+	names := files(t, dir)
+	if want := []string{"20261123T045440Z-0000000001-5000.json.gz", "20261123T061800Z-0000000002-1.json.gz", "20261123T061801Z-0000000003-2.json.gz"}; !slices.Equal(names, want) {
+		t.Errorf("files %q, want %q", names, want)
+	}
+	packed, err := os.ReadFile(filepath.Join(dir, names[2]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body, err := unpack(packed); err != nil || !bytes.Equal(body, encode(points(5001, 2))) {
+		t.Errorf("%s holds %s %v", names[2], body, err)
+	}
+	if runtime.GOOS != "windows" {
+		for _, path := range []string{dir, filepath.Join(dir, names[0]), filepath.Join(dir, lockName)} {
+			if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
+				t.Errorf("%s is not private: %v %v", path, info.Mode(), err)
+			}
+		}
+	}
+	q.spool.close() // as a kill does
+
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	if got, want := log.take(), `level=INFO msg="metrics of an earlier run wait in the spool" metrics=5003 batches=3 since=2026-11-23T04:54:40Z`+"\n"; got != want {
+		t.Errorf("logged %swant %s", got, want)
+	}
+	own := asLines(q.own("h", time.Unix(1, 0)))
+	if !regexp.MustCompile(`h\.metrics\.spooled \d{5} 1`).MatchString(own) {
+		t.Errorf("its own figures are\n%s", own)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 5003)
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+	if got := log.take(); !strings.HasPrefix(got, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`) || strings.Count(got, "\n") != 1 {
+		t.Errorf("logged %s", got)
+	}
+	// Names are not used again, not even by the next run.
+	q, _ = r.spooled(t, dir)
+	q.put(points(0, 1))
+	q.spool.close()
+	q, _ = r.spooled(t, dir)
+	q.put(points(0, 1))
+	if n := len(files(t, dir)); n != 2 {
+		t.Errorf("%d files of two batches", n)
+	}
+}
+
+func TestSpoolIsOneDaemons(t *testing.T) {
+	dir := newDir(t)
+	first, _ := (&receiver{}).spooled(t, dir)
+	second, _ := (&receiver{}).queue()
+	err := second.useSpool(&spool{dir: dir, log: second.log})
+	if want := fmt.Sprintf("another docker-stats-to-backstop uses this folder: process %d", os.Getpid()); err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s", err, want)
+	}
+	first.spool.close()
+	if err := second.useSpool(&spool{dir: dir, log: second.log}); err != nil {
+		t.Error(err)
+	}
+	second.spool.close()
+}
+
+// A file that is not whole costs itself, whatever its length, and one line.
+func TestSpoolSurvivesTruncation(t *testing.T) {
+	made := newDir(t)
+	q, _ := (&receiver{}).spooled(t, made)
+	for i := range 3 {
+		q.put(points(i*3, 3))
+	}
+	q.spool.close()
+	names := files(t, made)
+	bodies := make([][]byte, 3)
+	for i, name := range names {
+		var err error
+		if bodies[i], err = os.ReadFile(filepath.Join(made, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for length := range len(bodies[1]) {
+		dir := t.TempDir()
+		for i, name := range names {
+			body := bodies[i]
+			if i == 1 {
+				body = body[:length]
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), body, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r := &receiver{}
+		q, log := r.spooled(t, dir)
+		q.close()
+		if err := q.deliver(t.Context()); err == nil || err.Error() != "3 metrics not delivered" {
+			t.Errorf("%d bytes: %v", length, err)
+		}
+		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
+			t.Errorf("%d bytes: arrived %v", length, r.got)
+		}
+		if got := log.take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(got,
+			`level=ERROR msg="a spooled file cannot be used; it is set aside" file=`+names[1]+`.bad metrics=3 error="not a whole gzip file: `) {
+			t.Errorf("%d bytes: logged %s", length, got)
+		}
+		if got := figuresOf(q); got != "sent 6, retried 0, dropped 3" {
+			t.Errorf("%d bytes: its own figures are %s", length, got)
+		}
+		if left := files(t, dir); !slices.Equal(left, []string{names[1] + badSuffix}) {
+			t.Errorf("%d bytes: left %q", length, left)
+		}
+	}
+}
+
+// Whatever else is in the folder stops neither the start nor the rest.
+func TestSpoolSurvivesOthersFiles(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 2))
+	q.put(points(2, 2))
+	q.spool.close()
+	packer := packer{}
+	forged := func(name, body string) {
+		if err := os.WriteFile(filepath.Join(dir, name), packer.pack([]byte(body)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bad := map[string]string{
+		"20261123T045441Z-0000000011-1.json.gz": `[{"metric":"web.a\nforged.name","value":1,"measure_time":1795409680}]`,
+		"20261123T045441Z-0000000012-1.json.gz": `[1]`,
+		"20261123T045441Z-0000000013-1.json.gz": `[{"metric":"web.a","value":null,"measure_time":1795409680}]`,
+		"20261123T045441Z-0000000014-1.json.gz": `{}`,
+		"20261123T045441Z-0000000015-1.json.gz": `[{"metric":"web.a","value":1,"measure_time":1795409680}] and more`,
+		"20261123T045441Z-0000000016-1.json.gz": strings.Repeat(" ", maxBody+1),
+		"20261399T999999Z-0000000017-1.json.gz": `[]`, // no time
+	}
+	for name, body := range bad {
+		forged(name, body)
+	}
+	folder := "20261123T045441Z-0000000018-9.json.gz"
+	if err := os.MkdirAll(filepath.Join(dir, folder, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	bad[folder] = ""
+	// What was under way when a daemon was killed goes; others' files stay, and what was set aside before.
+	forged(".20261123T045441Z-0000000019-1.json.gz12345", "")
+	others := []string{"20261123T045441Z-0000000001-2.json.gz.bad", "lost+found", "notes.txt"}
+	forged(others[0], "")
+	forged(others[1], "")
+	forged(others[2], "mine")
+
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	q.close()
+	if err := q.deliver(t.Context()); err == nil {
+		t.Error("no error for what was lost")
+	}
+	r.inOrder(t, 0, 4)
+	lines := log.take()
+	for name := range bad {
+		if strings.Count(lines, "file="+name+".bad ") != 1 {
+			t.Errorf("%s is not told once:\n%s", name, lines)
+		}
+		others = append(others, name+badSuffix)
+	}
+	slices.Sort(others)
+	if left := files(t, dir); !slices.Equal(left, others) {
+		t.Errorf("left\n%q, want\n%q", left, others)
+	}
+	if !strings.Contains(lines, `level=WARN msg="the spool folder has files of others, which are left alone" files=2 such_as=lost+found`) {
+		t.Errorf("logged\n%s", lines)
+	}
+}
+
+// An operator may have delivered a file by hand, and removed it.
+func TestSpoolSurvivesRemovedFiles(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{fail: func(try int, _ []int) error {
+		if try == 1 {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	q.pace = pace{time.Millisecond, time.Millisecond, time.Millisecond}
+	for i := range 4 {
+		q.put(points(i, 1))
+	}
+	for _, name := range files(t, dir)[1:3] {
+		if err := os.Remove(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := q.send(t.Context(), q.next()); err == nil {
+		t.Fatal("no failure")
+	} else {
+		q.failed(err)
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err == nil || err.Error() != "2 metrics not delivered" {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{0, 3}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if got := log.take(); strings.Count(got, `level=ERROR msg="a file has gone from the spool, and its metrics with it" `) != 1 {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// usedBy returns the bytes that the files in a folder take of the disk.
+func usedBy(t *testing.T, dir string) (bytes int64) {
+	t.Helper()
+	for _, name := range files(t, dir) {
+		if info, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			bytes += onDisk(info.Size())
+		}
+	}
+	return bytes
+}
+
+// The files stay within the limit; those of no use go first, then the oldest.
+func TestSpoolIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newDir(t)
+		q, _ := (&receiver{}).spooled(t, dir)
+		q.put(points(0, 1))
+		q.spool.close()
+		useless := filepath.Join(dir, "20251123T045441Z-0000000001-1.json.gz.bad")
+		if err := os.WriteFile(useless, make([]byte, 1<<19), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r := &receiver{}
+		q, log := r.spooled(t, dir)
+		for i := range 127 {
+			q.put(points(1+i, 1))
+		}
+		if got := log.take(); strings.Contains(got, "room") || usedBy(t, dir) != q.limit {
+			t.Errorf("%d bytes of files, logged %s", usedBy(t, dir), got)
+		}
+		q.put(points(128, 1))
+		if _, err := os.Stat(useless); !errors.Is(err, fs.ErrNotExist) {
+			t.Error("useless files are kept at the cost of metrics")
+		}
+		for i := range 200 {
+			q.put(points(129+i, 1))
+			if used := usedBy(t, dir); used > q.limit {
+				t.Fatalf("%d bytes of files", used)
+			}
+		}
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "no room for more metrics") {
+			t.Errorf("logged %s", got)
+		}
+		// A limit that was made smaller is kept from the start.
+		q.spool.close()
+		q, log = (&receiver{}).queue()
+		q.limit = 1 << 19
+		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+			t.Fatal(err)
+		}
+		if used := usedBy(t, dir); used != q.limit {
+			t.Errorf("%d bytes of files", used)
+		}
+		q.to = r.destination()
+		deliverAll(t, q)
+		r.inOrder(t, 329-128, 329)
+	})
+}
+
+// A day of 100 containers at a poll a minute, of values as long as they get, fits into the default.
+func TestSpoolHoldsADay(t *testing.T) {
+	packer := packer{}
+	random := rand.New(rand.NewPCG(1, 2))
+	var metrics []metric
+	// As much as a container ever sends; see TestMetricsAreDocumented for where they come from.
+	names := allOf("(?m)^\\| `<c>\\.([^`<]+)`", readFile(t, "METRICS.md"))
+	for i := range 100 {
+		for _, name := range names {
+			for _, name := range expand(name) {
+				metrics = append(metrics, metric{fmt.Sprintf("project%d.service%d.%s", i/10, i, name), whole(random.Uint64N(1e12)), 1795409680 + int64(i%2)})
+			}
+		}
+	}
+	if len(metrics) < 4000 {
+		t.Fatalf("only %d metrics", len(metrics))
+	}
+	var sweep int64
+	for some := range slices.Chunk(metrics, maxBatch) {
+		sweep += onDisk(int64(len(packer.pack(encode(some)))))
+	}
+	if day := sweep * 24 * 60; day > 256<<20 {
+		t.Errorf("%d metrics a minute are %d MiB a day", len(metrics), day>>20)
+	}
+}
+
+// BenchmarkDrain delivers a day's backlog of 100 containers.
+func BenchmarkDrain(b *testing.B) {
+	var metrics []metric
+	for i := range 4000 {
+		metrics = append(metrics, metric{fmt.Sprintf("project%d.service%d.memory.m%d", i/400, i/40, i%40), whole(uint64(i) * 1234567), 1795409680})
+	}
+	packer := packer{}
+	packed := packer.pack(encode(metrics))
+	for b.Loop() {
+		b.StopTimer()
+		dir := b.TempDir()
+		for i := range 24 * 60 {
+			name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(1795409680+int64(i)*60, 0).UTC().Format(spoolTime), i, len(metrics))
+			if err := os.WriteFile(filepath.Join(dir, name), packed, 0o600); err != nil {
+				b.Fatal(err)
+			}
+		}
+		server := newStandIn(b)
+		server.set("", answerWith(http.StatusOK, "ok"))
+		target := mustBackstop(b, server.URL+"/publish/docker")
+		log := &logged{}
+		q := newQueue(destination{"Backstop", encode, target.post}, 256<<20, log.logger())
+		b.StartTimer()
+		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+			b.Fatal(err)
+		}
+		q.close()
+		if err := q.deliver(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.ReportMetric(float64(b.N)*24*60*float64(len(metrics))/b.Elapsed().Seconds(), "metrics/s")
+}

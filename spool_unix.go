@@ -1,0 +1,26 @@
+//go:build !windows
+
+package main
+
+import (
+	"os"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+)
+
+// writeDurably writes a file that is there wholly or not at all, whatever happens to the process or
+// to the power, and for its user alone.
+func writeDurably(dir, name string, data []byte) error {
+	path := filepath.Join(dir, name)
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(dir)); err != nil {
+		return err
+	}
+	// The new name is durable only when the folder is.
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
