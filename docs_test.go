@@ -45,7 +45,7 @@ func allOf(pattern, text string) []string {
 }
 
 func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
-	const option, variable = `(?m)^ *\|? *` + "`?" + `(--[a-z]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z]+)\b`
+	const option, variable = `(?m)^ *\|? *` + "`?" + `(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
 	_, help, _ := strings.Cut(usage, "\nOptions")
 	options := section(t, "## Options")
 	if got, want := allOf(option, options), allOf(option, help); !slices.Equal(got, want) {
@@ -155,6 +155,33 @@ func TestMetricsAreDocumented(t *testing.T) {
 				t.Errorf("the README has %s, which nothing sends", name)
 			}
 		}
+	}
+}
+
+// Whoever looks a line of the log up finds it. Those of --verbose, and of a life without trouble, need no explanation.
+func TestMessagesAreDocumented(t *testing.T) {
+	sources, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, source := range sources {
+		if strings.HasSuffix(source, "_test.go") {
+			continue
+		}
+		for _, message := range allOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= (?:q\.to\.name \+ )?)"([^"]+)"`, readFile(t, source)) {
+			if slices.Contains([]string{"started", "ending", "Docker engine answers"}, message) {
+				continue
+			}
+			n++
+			start := regexp.MustCompile(`[:,]`).Split(message, 2)[0] // what follows is explained there
+			if !strings.Contains(section(t, "## Troubleshooting"), strings.TrimSpace(start)) {
+				t.Errorf("the README lacks %q", message)
+			}
+		}
+	}
+	if n < 15 {
+		t.Errorf("only %d messages found", n)
 	}
 }
 
