@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	docker "github.com/fsouza/go-dockerclient"
@@ -26,7 +28,7 @@ const maxInFlight = 512
 // called by one goroutine.
 type collector struct {
 	engine *engine
-	rule   rule
+	rules  rules
 	per    details
 	host   string // what --host says
 	log    *slog.Logger
@@ -43,9 +45,11 @@ type collector struct {
 type container struct {
 	id   string
 	name string // without Docker's leading slash
-	path string // of its metrics
+	host string // the name of the host when it was named
+	naming
 	// What the list said of it
-	created int64 // Unix seconds
+	created int64  // Unix seconds
+	image   string // but what it was made of: see findImages
 	status  string
 
 	startedAt time.Time  // zero until it is known
@@ -91,7 +95,9 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	asked, collisions := c.remember(list, start)
+	unnamed := c.findImages(ctx, list)
+	now := c.remember(list, unnamed, start)
+	asked := now.asked
 
 	type sample struct {
 		metrics []metric
@@ -114,7 +120,7 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	}
 	group.Wait()
 
-	result := sweepResult{running: len(c.containers), err: context.Cause(ctx)}
+	result := sweepResult{running: len(c.containers), failed: len(unnamed), err: context.Cause(ctx)}
 	for _, s := range samples {
 		result.metrics = append(result.metrics, s.metrics...)
 	}
@@ -141,12 +147,15 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	}
 	host := flattener{path: c.hostName(), at: start.Unix()}
 	host.addCount(".containers.total", result.running)
+	for _, category := range c.rules.categories() {
+		host.addCount(".containers."+category, now.categories[category])
+	}
 	host.add(".containers.running", about.Running)
 	host.add(".containers.paused", about.Paused)
 	host.add(".containers.stopped", about.Stopped)
 	host.addCount(".metrics.sampled", sampled)
 	host.addCount(".metrics.failed", result.failed)
-	host.addCount(".metrics.collisions", collisions)
+	host.addCount(".metrics.collisions", now.collisions)
 	host.addCount(".metrics.duration", int(time.Since(start)))
 	result.metrics = append(result.metrics, host.metrics...)
 	return result
@@ -223,10 +232,63 @@ func (c *collector) containerIs(known *container, err error) {
 	known.trouble = trouble
 }
 
-// remember takes over a list made since start, and forgets all that is not in it. It returns
-// the containers to ask, and how many there are beside them that another one's path keeps from that.
-func (c *collector) remember(list []docker.APIContainers, start time.Time) (asked []*container, collisions int) {
+// imageID is what a list has in place of an image's name when that means another image by now.
+var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
+
+// findImages puts into the list what its containers were made of, where a rule wants to see that: inspect alone knows, once a newer
+// image has taken the name. It returns the errors, by the containers' ids.
+func (c *collector) findImages(ctx context.Context, list []docker.APIContainers) map[string]error {
+	if !c.rules.see("image") {
+		return nil
+	}
+	var (
+		group  errgroup.Group
+		mu     sync.Mutex
+		failed map[string]error
+	)
+	group.SetLimit(maxInFlight)
+	for i := range list {
+		listed := &list[i]
+		if known := c.containers[listed.ID]; known != nil && known.image != "" {
+			listed.Image = known.image
+			continue
+		}
+		if !imageID.MatchString(listed.Image) {
+			continue
+		}
+		group.Go(func() error {
+			now, err := c.engine.inspect(ctx, listed.ID)
+			if err == nil && now.Config != nil && now.Config.Image != "" {
+				listed.Image = now.Config.Image
+			}
+			if err != nil {
+				mu.Lock()
+				defer mu.Unlock()
+				if failed == nil {
+					failed = map[string]error{}
+				}
+				failed[listed.ID] = fmt.Errorf("its image: %w", err)
+			}
+			return nil // one that failed must not end the others
+		})
+	}
+	group.Wait()
+	return failed
+}
+
+// census is what a list says of the running containers, and the rules make of them.
+type census struct {
+	asked      []*container   // those to ask
+	collisions int            // those that another one's path keeps from that
+	categories map[string]int // how many the rules put in each
+}
+
+// remember takes over a list made since start, and forgets all that is not in it. Those in unnamed, by their ids, cannot be named
+// yet: their errors are logged, and they are not asked.
+func (c *collector) remember(list []docker.APIContainers, unnamed map[string]error, start time.Time) census {
+	now := census{categories: map[string]int{}}
 	containers := make(map[string]*container, len(list))
+	host := c.hostName()
 	for _, listed := range list {
 		name := containerName(listed.Names)
 		if name == "" || containers[listed.ID] != nil {
@@ -237,18 +299,28 @@ func (c *collector) remember(list []docker.APIContainers, start time.Time) (aske
 		if known == nil {
 			known = &container{id: listed.ID, created: listed.Created}
 		}
-		if known.name != name {
-			known.name, known.path = name, c.rule.path(name)
+		containers[listed.ID] = known
+		if err := unnamed[listed.ID]; err != nil {
+			known.name, known.naming = name, naming{}
+			c.containerIs(known, err)
+			continue
+		}
+		if known.path == "" || known.name != name || known.host != host {
+			known.name, known.host, known.image = name, host, listed.Image
+			known.naming = c.rules.apply(subject{name, listed.ID, listed.Image, listed.Labels}, host)
+		}
+		if known.category != "" {
+			now.categories[known.category]++
 		}
 		known.status = listed.Status
 		// If it was started since checkedAt, it is not up for longer than that.
 		known.restarted = known.startedAt.IsZero() || upAtLeast(listed.Status) < start.Round(0).Sub(known.checkedAt.Round(0))+2*time.Second
-		containers[listed.ID] = known
 	}
 	// Of those with one path, the one that has had it keeps it; at first, that is the oldest.
 	all := slices.SortedFunc(maps.Values(containers), func(a, b *container) int {
 		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.id, b.id))
 	})
+	all = slices.DeleteFunc(all, func(known *container) bool { return known.path == "" || known.drop })
 	holders := make(map[string]*container, len(containers))
 	for _, known := range all {
 		if c.holders[known.path] == known {
@@ -262,10 +334,10 @@ func (c *collector) remember(list []docker.APIContainers, start time.Time) (aske
 		}
 		if holder == known {
 			known.shadowed = ""
-			asked = append(asked, known)
+			now.asked = append(now.asked, known)
 			continue
 		}
-		collisions++
+		now.collisions++
 		known.last = nil
 		if known.shadowed != holder.name {
 			known.shadowed = holder.name
@@ -274,7 +346,7 @@ func (c *collector) remember(list []docker.APIContainers, start time.Time) (aske
 		}
 	}
 	c.containers, c.holders = containers, holders
-	return asked, collisions
+	return now
 }
 
 // containerName returns a container's name out of those in a list: old engines give the

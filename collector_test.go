@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,7 +20,7 @@ import (
 func TestSweep(t *testing.T) {
 	r := newReplay(t, "cgroup2")
 	c, log := r.collector(t, 10*time.Second)
-	c.rule, c.per = rule{regexp.MustCompile(`^fx-`), "shop."}, details{true, true, true}
+	c.rules, c.per = renaming(regexp.MustCompile(`^fx-`), "shop."), details{true, true, true}
 	before := time.Now().Unix()
 	result := c.sweep(t.Context())
 	after := time.Now().Unix()
@@ -97,7 +99,7 @@ func TestHostFigures(t *testing.T) {
 	r := newReplay(t, "cgroup2")
 	r.on("/containers/fx-two/stats", answerWith(500, "{}"))
 	c, _ := r.collector(t, 10*time.Second)
-	c.rule = rule{regexp.MustCompile(`^fx-(paused|host)$`), "same"}
+	c.rules = renaming(regexp.MustCompile(`^fx-(paused|host)$`), "same")
 	result := c.sweep(t.Context())
 	if result.running != 6 {
 		t.Errorf("%d are running", result.running)
@@ -119,7 +121,7 @@ func TestHostFigures(t *testing.T) {
 // when it goes, the other takes over.
 func TestCollisions(t *testing.T) {
 	log := &logged{}
-	c := &collector{log: log.logger(), rule: rule{regexp.MustCompile(`-\d$`), ""}}
+	c := &collector{log: log.logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
 	listed := func(name string, created int64) docker.APIContainers {
 		return docker.APIContainers{ID: name, Names: []string{"/" + name}, Created: created}
 	}
@@ -137,7 +139,8 @@ func TestCollisions(t *testing.T) {
 			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
 		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
 	} {
-		asked, collisions := c.remember(test.list, time.Now())
+		now := c.remember(test.list, nil, time.Now())
+		asked, collisions := now.asked, now.collisions
 		var names []string
 		for _, known := range asked {
 			names = append(names, known.name)
@@ -147,6 +150,82 @@ func TestCollisions(t *testing.T) {
 		}
 		if got := log.take(); got != test.log {
 			t.Errorf("%s: logged %s", test.why, got)
+		}
+	}
+}
+
+// An image's name that another image has by now is looked up, once, and where a rule wants it.
+func TestImages(t *testing.T) {
+	r := newReplay(t, "cgroup2")
+	var list []map[string]any
+	if err := json.Unmarshal(r.read(t, "containers.json"), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, listed := range list {
+		if name := fmt.Sprint(listed["Names"]); name == "[/fx-idle]" || name == "[/fx-two]" {
+			listed["Image"] = "33b9f1857b34"
+		}
+	}
+	body, _ := json.Marshal(list)
+	r.on("/containers/json", answerWith(200, string(body)))
+	r.on("/containers/fx-two/json", answerWith(500, `{"message":"busy"}`))
+	inspected := func() (names []string) {
+		for _, question := range r.questions() {
+			if name, ok := strings.CutSuffix(question, "/json"); ok && name != "/containers" {
+				names = append(names, strings.TrimPrefix(name, "/containers/"))
+			}
+		}
+		return names
+	}
+
+	c, log := r.collector(t, 10*time.Second)
+	c.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"","category":"other"}]`)
+	first := c.sweep(t.Context())
+	if got := fmt.Sprint(first.failed, " ", c.holders["fx-idle"].category, c.holders["fx-two"]); got != "1 bb<nil>" {
+		t.Errorf("got %s", got)
+	}
+	if got, want := log.take(), `level=ERROR msg="container cannot be read" container=fx-two error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
+		t.Errorf("logged %s", got)
+	}
+	if lines := asLines(first.metrics); !strings.Contains(lines, "vmtest.containers.bb 5 ") || !strings.Contains(lines, "vmtest.containers.other 0 ") || !strings.Contains(lines, "vmtest.containers.total 6 ") {
+		t.Errorf("figures\n%s", lines)
+	}
+	c.sweep(t.Context())
+	if got := log.take(); strings.Contains(got, "fx-two") {
+		t.Errorf("logged again: %s", got)
+	}
+	inspected()
+	r.on("/containers/fx-two/json", nil)
+	for range 2 {
+		if got := c.sweep(t.Context()); got.failed != 0 || c.holders["fx-two"].category != "bb" {
+			t.Errorf("%d failed, %+v", got.failed, c.holders["fx-two"])
+		}
+	}
+	// Once for the image, once for the uptime
+	if got := slices.DeleteFunc(inspected(), func(name string) bool { return name != "fx-two" && name != "fx-idle" }); !slices.Equal(got, []string{"fx-two", "fx-two"}) {
+		t.Errorf("inspected %q", got)
+	}
+	if got := log.take(); strings.Count(got, `level=INFO msg="container can be read again" container=fx-two`) != 1 {
+		t.Errorf("logged %s", got)
+	}
+
+	// Nobody looks at it.
+	c, _ = r.collector(t, 10*time.Second)
+	r.on("/containers/fx-two/json", answerWith(500, `{}`))
+	list0, _, err := c.list(t.Context())
+	if failed := c.findImages(t.Context(), list0); err != nil || len(failed) != 0 || len(inspected()) != 0 {
+		t.Errorf("%v, %v", failed, err)
+	}
+}
+
+// A host that comes to be known by another name is so in ${host}.
+func TestHostInPaths(t *testing.T) {
+	c := &collector{log: (&logged{}).logger(), rules: mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), engineName: "one"}
+	list := []docker.APIContainers{{ID: "1", Names: []string{"/web"}}}
+	for _, host := range []string{"one", "two.example"} {
+		c.engineName = host
+		if now := c.remember(list, nil, time.Now()); len(now.asked) != 1 || now.asked[0].path != graphiteNode(host)+".web" {
+			t.Errorf("on %s: %+v", host, now.asked[0])
 		}
 	}
 }
@@ -405,7 +484,7 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	status := "Up Less than a second"
 	inspected := func(at time.Time) bool {
 		t.Helper()
-		asked, _ := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, at)
+		asked := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, nil, at).asked
 		known := asked[0]
 		if known.restarted {
 			known.startedAt = at
@@ -472,7 +551,7 @@ func TestContainerName(t *testing.T) {
 	// Entries without one, or there twice, are left out: they could not be told apart.
 	c := &collector{log: (&logged{}).logger()}
 	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
-	if got, collisions := c.remember(list, time.Now()); len(got) != 1 || got[0].name != "a" || collisions != 0 {
-		t.Errorf("remembered %v, %d collisions", got, collisions)
+	if now := c.remember(list, nil, time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" || now.collisions != 0 {
+		t.Errorf("remembered %v, %d collisions", now.asked, now.collisions)
 	}
 }

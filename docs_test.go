@@ -36,12 +36,18 @@ func section(t *testing.T, heading string) string {
 
 // allOf returns what the first group of the pattern matches in text, sorted, each once.
 func allOf(pattern, text string) []string {
+	found := allInOrder(pattern, text)
+	slices.Sort(found)
+	return slices.Compact(found)
+}
+
+// allInOrder is allOf in the order of the text.
+func allInOrder(pattern, text string) []string {
 	var found []string
 	for _, m := range regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1) {
 		found = append(found, m[1])
 	}
-	slices.Sort(found)
-	return slices.Compact(found)
+	return found
 }
 
 func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
@@ -72,7 +78,7 @@ func everyMetric(t *testing.T) []string {
 	// Two sweeps, for what needs a sample before, and for the host
 	r := newReplay(t, "cgroup2")
 	c, _ := r.collector(t, 10*time.Second)
-	c.host, c.rule = "h", rule{regexp.MustCompile(`^fx-busy$`), "c"}
+	c.host, c.rules = "h", mustRules(t, `{"regexp":"^fx-busy$","into":"c","category":"any"}`)
 	r.on("/containers/fx-busy/stats", r.serve("stats-busy.json"))
 	c.sweep(t.Context())
 	r.on("/containers/fx-busy/stats", nil)
@@ -82,7 +88,7 @@ func everyMetric(t *testing.T) []string {
 	var names []string
 	for _, m := range metrics {
 		if name, ok := strings.CutPrefix(m.name, "h."); ok {
-			names = append(names, "<h>."+name)
+			names = append(names, strings.Replace("<h>."+name, "containers.any", "containers.<category>", 1))
 		} else if name, ok := strings.CutPrefix(m.name, "c."); ok {
 			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.", ".<major>_<minor>.").Replace("<c>."+name))
 		}
@@ -185,17 +191,55 @@ func TestMessagesAreDocumented(t *testing.T) {
 	}
 }
 
-func TestReadmeNamesAreMade(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| `([^`]+)`[^|]*\\| `(\\{.*\\})` \\| `([^`]+)\\.\\*` \\|$").FindAllStringSubmatch(section(t, "## Names"), -1)
-	if len(rows) < 4 {
-		t.Fatalf("only %d examples", len(rows))
+// Each recipe does what it says. A row has a container's name, its labels, as key=value, or its image; a rule, or "the same" as above;
+// and the path that comes out, or none.
+func TestReadmeRecipes(t *testing.T) {
+	rows := regexp.MustCompile("(?m)^\\| ([^|]*`[^|]*) \\| (?:`([\\[{].*[\\]}])`|the same) \\| (?:`([^`]+)\\.\\*`|none) \\|$").FindAllStringSubmatch(section(t, "### Recipes"), -1)
+	if len(rows) != strings.Count(section(t, "### Recipes"), "\n| ")-2 {
+		t.Errorf("of the table's rows, only %d are understood", len(rows))
 	}
+	var rs rules
 	for _, row := range rows {
-		r, err := parseRule(row[2])
+		if row[2] != "" {
+			rs = mustRules(t, row[2])
+		}
+		ticked := allInOrder("`([^`]+)`", row[1])
+		s, host := subject{name: ticked[0], labels: map[string]string{}}, "h"
+		for _, text := range ticked[1:] {
+			if key, value, isLabel := strings.Cut(text, "="); isLabel {
+				s.labels[key] = value
+			} else if strings.Contains(text, "/") {
+				s.image = text
+			} else {
+				host = text
+			}
+		}
+		n := rs.apply(s, host)
+		if n.drop {
+			n.path = ""
+		}
+		if n.path != row[3] {
+			t.Errorf("%s makes %q of %+v, the README says %q", row[2], n.path, s, row[3])
+		}
+	}
+}
+
+// What the README has for a shell arrives as it should.
+func TestReadmeQuotingInAShell(t *testing.T) {
+	forms := allOf(`(--prefix='[^']+')`, readFile(t, "README.md"))
+	if len(forms) < 2 {
+		t.Fatalf("only %q", forms)
+	}
+	for _, form := range forms {
+		if strings.Contains(form, `\\\\`) {
+			continue // a systemd unit's
+		}
+		got, err := exec.Command("sh", "-c", "printf %s "+form).Output()
 		if err != nil {
-			t.Errorf("%s: %v", row[2], err)
-		} else if got := r.path(row[1]); got != row[3] {
-			t.Errorf("%s makes %s of %s, the README says %s", row[2], got, row[1], row[3])
+			t.Fatal(err)
+		}
+		if _, err := parseRules(strings.TrimPrefix(string(got), "--prefix=")); err != nil {
+			t.Errorf("%s: %v", form, err)
 		}
 	}
 }

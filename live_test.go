@@ -19,6 +19,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -101,12 +102,20 @@ func (e *liveEngine) run(t *testing.T, name, script string, host docker.HostConf
 	if script == "" {
 		script = "exec /busybox sleep 600"
 	}
+	return e.start(t, name, docker.Config{Cmd: []string{"/busybox", "sh", "-c", script}}, host)
+}
+
+// labelled starts a container that sleeps, and has these labels.
+func (e *liveEngine) labelled(t *testing.T, name string, labels map[string]string) string {
+	t.Helper()
+	return e.start(t, name, docker.Config{Cmd: []string{"/busybox", "sleep", "600"}, Labels: labels}, docker.HostConfig{NetworkMode: "none"})
+}
+
+func (e *liveEngine) start(t *testing.T, name string, config docker.Config, host docker.HostConfig) string {
+	t.Helper()
+	config.Image = e.image
 	t.Cleanup(func() { e.remove(e.name(t, name)) })
-	container, err := e.CreateContainer(docker.CreateContainerOptions{
-		Name:       e.name(t, name),
-		Config:     &docker.Config{Image: e.image, Cmd: []string{"/busybox", "sh", "-c", script}},
-		HostConfig: &host,
-	})
+	container, err := e.CreateContainer(docker.CreateContainerOptions{Name: e.name(t, name), Config: &config, HostConfig: &host})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,8 +137,8 @@ func (e *liveEngine) collector(t *testing.T) (*collector, *logged) {
 		t.Fatal(err)
 	}
 	log := &logged{}
-	prefix := rule{regexp.MustCompile(`^` + regexp.QuoteMeta(e.name(t, "")) + `(.*)$`), "test.$1"}
-	return &collector{engine: engine, rule: prefix, log: log.logger()}, log
+	prefix := renaming(regexp.MustCompile(`^`+regexp.QuoteMeta(e.name(t, ""))+`(.*)$`), "test.$1")
+	return &collector{engine: engine, rules: prefix, log: log.logger()}, log
 }
 
 // byName makes a map of the metrics of the test's own containers: other ones may run here too.
@@ -261,6 +270,86 @@ func uptimeIs(t *testing.T, uptime metric, since time.Time) {
 	t.Helper()
 	if want := time.Unix(uptime.time, 0).Sub(since); time.Duration(uptime.value.n)*time.Second > want+time.Second || time.Duration(uptime.value.n)*time.Second < want-time.Second {
 		t.Errorf("the uptime is %v, it was started at %s", uptime, since)
+	}
+}
+
+// Names from labels and images, hostile ones too: whatever is in them, what comes out is one safe name for each.
+func TestLiveRules(t *testing.T) {
+	e := usualEngine(t)
+	forged := "x 1 1\nroot.forged 1 1795409680\n"
+	first := e.labelled(t, "first", map[string]string{"test": "name", "evil": forged})
+	second := e.labelled(t, "second", map[string]string{"test": "name", "evil": "../../etc;tag=*{a,b}[c]?\t\x00é"})
+	e.labelled(t, "third", map[string]string{"test": "off", "evil": "off", forged: forged})
+
+	sweep := func(text string) (names []string, log string) {
+		t.Helper()
+		c, logged := e.collector(t)
+		c.rules = mustRules(t, text)
+		c.host = "h"
+		result := c.sweep(t.Context())
+		if result.err != nil {
+			t.Fatal(result.err)
+		}
+		for _, m := range result.metrics {
+			if !goodName.MatchString(m.name) || badEnd.MatchString(m.name) {
+				t.Errorf("%s makes %q", text, m.name)
+			}
+			if name, ok := strings.CutSuffix(m.name, ".pids.current"); ok && strings.HasPrefix(name, "test.") {
+				names = append(names, name)
+			}
+			if category, ok := strings.CutPrefix(m.name, "h.containers.cat"); ok {
+				names = append(names, fmt.Sprintf("%s=%d", category, m.value.n))
+			}
+		}
+		slices.Sort(names)
+		return names, logged.take()
+	}
+	for _, test := range []struct {
+		rules string
+		want  []string
+	}{
+		{`{"from":"label:evil","regexp":"(?s)^(.*)$","into":"test.$1"}`, []string{"test._._etc_tag___a_b__c_____", "test.off", "test.x_1_1_root.forged_1_1795409680_"}},
+		{`[{"from":"label:test","regexp":"off","drop":true},{"from":"label:test","regexp":".*","into":"test.${label:evil}","category":"cat1"},{"from":"label:nobody","regexp":"","category":"cat3"}]`,
+			[]string{"1=2", "3=0", "test.______etc_tag___a_b__c_____", "test.x_1_1_root_forged_1_1795409680_"}},
+		{`{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$","into":"test.${label:test}.${label:evil}"}`,
+			[]string{"test.name.______etc_tag___a_b__c_____", "test.name.x_1_1_root_forged_1_1795409680_", "test.off.off"}},
+		{`{"from":"id","regexp":"^` + first + `$","into":"test.id"}`, []string{"test.id"}},
+	} {
+		if got, _ := sweep(test.rules); !slices.Equal(got, test.want) {
+			t.Errorf("%s makes %q, want %q", test.rules, got, test.want)
+		}
+	}
+
+	// Two of one name: the older one has it, until it goes.
+	c, log := e.collector(t)
+	c.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},{"regexp":"","drop":true}]`)
+	held := func() uint64 { return byName(t, c.sweep(t.Context()).metrics)["same.uptime"].value.n }
+	held()
+	if got := log.take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same", e.name(t, "second"), e.name(t, "first"))) != 1 {
+		t.Errorf("logged %s", got)
+	}
+	must(t, e.remove(first))
+	result := c.sweep(t.Context())
+	if c.holders["test.same"].id != second || byName(t, result.metrics)["same.pids.current"].value.n == 0 {
+		t.Errorf("the first is gone, and the second has not taken over")
+	}
+
+	// A newer image takes the name: then the list has an id instead, but what a container was made of stays its name.
+	byImage := `{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$","into":"test.${label:test}"}`
+	before, _ := sweep(byImage)
+	var root bytes.Buffer
+	archive := tar.NewWriter(&root)
+	archive.WriteHeader(&tar.Header{Name: "newer", Mode: 0o644})
+	archive.Close()
+	repository, tag, _ := strings.Cut(e.image, ":")
+	must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard}))
+	list, err := e.ListContainers(docker.ListContainersOptions{Filters: map[string][]string{"id": {second}}})
+	must(t, err)
+	if len(list) != 1 || !imageID.MatchString(list[0].Image) {
+		t.Errorf("the list has %v; was there no newer image?", list)
+	}
+	if after, _ := sweep(byImage); len(before) != 2 || !slices.Equal(after, before) {
+		t.Errorf("there was %q, now there is %q", before, after)
 	}
 }
 
@@ -408,7 +497,7 @@ func TestLivePodman(t *testing.T) {
 	}
 
 	log := &logged{}
-	c := &collector{engine: e, rule: rule{regexp.MustCompile(`^dstb\.`), "test."}, log: log.logger()}
+	c := &collector{engine: e, rules: renaming(regexp.MustCompile(`^dstb\.`), "test."), log: log.logger()}
 	c.sweep(t.Context())
 	<-time.After(3 * time.Second) // the span that is measured
 	result := c.sweep(t.Context())

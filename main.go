@@ -53,8 +53,11 @@ over the variable, and an empty variable counts as unset.
                                    (default: $DOCKER_HOST, or else %s)
   --prefix=JSON     SRV_PREFIX     how a container's name becomes the prefix of its metrics:
                                    {"regexp":"…","into":"…"} replaces each match of the Go
-                                   regular expression by "into", where $1 is its first group
-                                   (default: the name as it is)
+                                   regular expression by "into", where $1 is its first group and
+                                   ${host} this host's name; or a list of such rules, of which the
+                                   first that matches counts; or @FILE, which has them. More keys:
+                                   "from", "category", "drop", see the README; --check shows what
+                                   comes out (default: the name as it is)
   --poll=DURATION   SRV_POLL       how often, such as 10s, 1m or 1m30s (default: 60s)
   --host=NAME       SRV_HOST       the prefix of this host's own metrics
                                    (default: the engine's name for its host)
@@ -67,6 +70,8 @@ over the variable, and an empty variable counts as unset.
   --spool-limit=SIZE  SRV_SPOOL_LIMIT
                                    how much is kept at most, in either place; then the oldest are
                                    given up (default: 256MiB)
+  --check           SRV_CHECK      show what --prefix makes of each running container, and exit: 0, or
+                                   1 if two would have one name; nothing is sent
   --once            SRV_ONCE       poll once, deliver, and exit: 0, or 1 if anything failed
   --verbose         SRV_VERBOSE    log every poll and delivery as well
   --version                        print the version and exit
@@ -89,12 +94,13 @@ const (
 type options struct {
 	backstop   *backstop // nil: standard output
 	engine     *engine
-	rule       rule
+	rules      rules
 	poll       time.Duration
 	host       string
 	per        details
 	spool      string // the folder, absolute; "": in memory
 	spoolLimit int64  // bytes
+	check      bool
 	once       bool
 	verbose    bool
 	version    bool
@@ -123,7 +129,7 @@ func main() {
 func parseOptions(args []string) (*options, error) {
 	// All values are plain text for the flag package, and looked at below: its own error
 	// texts repeat the value, which may be a URL with a password.
-	var backstopURL, docker, prefix, poll, host, per, spool, spoolLimit, once, verbose, version string
+	var backstopURL, docker, prefix, poll, host, per, spool, spoolLimit, check, once, verbose, version string
 	flags := flag.NewFlagSet(program, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&backstopURL, "backstop", "-", "")
@@ -135,6 +141,7 @@ func parseOptions(args []string) (*options, error) {
 	stateDirectory, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd's StateDirectory=
 	flags.StringVar(&spool, "spool", stateDirectory, "")
 	flags.StringVar(&spoolLimit, "spool-limit", "256MiB", "")
+	flags.BoolFunc("check", "", func(text string) error { check = text; return nil })
 	flags.BoolFunc("once", "", func(text string) error { once = text; return nil })
 	flags.BoolFunc("verbose", "", func(text string) error { verbose = text; return nil })
 	flags.BoolFunc("version", "", func(text string) error { version = text; return nil })
@@ -188,7 +195,7 @@ func parseOptions(args []string) (*options, error) {
 	for _, s := range []struct {
 		name, text string
 		on         *bool
-	}{{"once", once, &opts.once}, {"verbose", verbose, &opts.verbose}, {"version", version, &opts.version}} {
+	}{{"check", check, &opts.check}, {"once", once, &opts.once}, {"verbose", verbose, &opts.verbose}, {"version", version, &opts.version}} {
 		if *s.on, err = strconv.ParseBool(cmp.Or(s.text, "false")); err != nil {
 			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from(s.name))
 		}
@@ -208,7 +215,7 @@ func parseOptions(args []string) (*options, error) {
 		return nil, fmt.Errorf("%s: %s is not longer than 0; write a duration such as 60s", from("poll"), poll)
 	}
 	if prefix != "" {
-		if opts.rule, err = parseRule(prefix); err != nil {
+		if opts.rules, err = parseRules(prefix); err != nil {
 			return nil, fmt.Errorf("%s: %w", from("prefix"), err)
 		}
 	}
@@ -274,7 +281,7 @@ func version() string {
 // every poll where that is asked for.
 func newLogger(w io.Writer, opts *options) *slog.Logger {
 	handling := &slog.HandlerOptions{Level: slog.LevelInfo}
-	if opts.once {
+	if opts.once || opts.check {
 		handling.Level = slog.LevelWarn // what is there to say is what is on standard output
 	}
 	if opts.verbose {
@@ -305,6 +312,17 @@ func run(opts *options, log *slog.Logger) error {
 		})
 	})
 
+	collector := &collector{engine: opts.engine, rules: opts.rules, per: opts.per, host: opts.host, log: log}
+	if opts.check {
+		collector.log = slog.New(slog.DiscardHandler) // the table says it all
+		ok, err := collector.check(ctx, os.Stdout)
+		if err != nil {
+			log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))
+		} else if !ok {
+			err = errors.New("not every container has a name of its own")
+		}
+		return err
+	}
 	name, to := "standard output", printer(os.Stdout)
 	if opts.backstop != nil {
 		name, to = opts.backstop.String(), destination{"Backstop", encode, opts.backstop.post}
@@ -319,7 +337,6 @@ func run(opts *options, log *slog.Logger) error {
 			return err
 		}
 	}
-	collector := &collector{engine: opts.engine, rule: opts.rule, per: opts.per, host: opts.host, log: log}
 	sweep := func(ctx context.Context) sweepResult {
 		start := time.Now()
 		result := collector.sweep(ctx)

@@ -1,173 +1,124 @@
 package main
 
 import (
-	"encoding/json"
-	"errors"
-	"fmt"
-	"io"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
-	"unicode"
 )
 
-// rule is what --prefix says: how the name of a container becomes the path of its
-// metrics. The zero rule leaves every name as it is.
+// rules are what --prefix says: how a container becomes the path of its metrics. The first that matches
+// counts; without any, the path is made of the container's name.
+type rules []rule
+
+// rule is one of them.
 type rule struct {
-	regexp *regexp.Regexp
-	into   string // in the notation of regexp.Regexp.Expand
+	from     string // what the regexp sees: "name", "image", "id", or "label:" and a label's key
+	regexp   *regexp.Regexp
+	into     string // in the notation of regexp.Regexp.Expand, and a bit more: see fillIn
+	rename   bool   // whether there is an into
+	category string // one node of a path, "" for none
+	drop     bool   // whether the container is left out
 }
 
-// How to get a --prefix unharmed through whatever stands between the user and us. Each
-// form was tried on what it names; the README shows them too.
-const quoting = `put the whole of it in single quotes; ` +
-	`in a shell: --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
-	`in a systemd unit, with the backslashes doubled again: '--prefix={"regexp":"(.*)\\\\..*\\\\.(.*)\\\\..*","into":"$1.$2"}'; ` +
-	`in a systemd EnvironmentFile: SRV_PREFIX='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'`
-
-// form is the remedy where nothing more exact can be said.
-const form = `the form is {"regexp":"…","into":"…"}`
-
-// parseRule reads the JSON object {"regexp":…,"into":…}. Its errors are one line
-// that says what is wrong and how to mend it.
-func parseRule(text string) (rule, error) {
-	var keys struct {
-		Regexp *string `json:"regexp"`
-		Into   *string `json:"into"`
-	}
-	if strings.Contains(text, "://") { // such as the next option, for want of a value
-		return rule{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
-	}
-	decoder := json.NewDecoder(strings.NewReader(text))
-	decoder.DisallowUnknownFields()
-	err := decoder.Decode(&keys)
-	if err == nil {
-		// One value, and nothing behind it.
-		if _, more := decoder.Token(); more != io.EOF {
-			return rule{}, fmt.Errorf("something follows the JSON object, at byte %d of %s; leave only the object", decoder.InputOffset()+1, oneLine(text))
-		}
-	}
-	if err != nil {
-		return rule{}, explainJSON(oneLine(text), err)
-	}
-	// encoding/json takes "Regexp" for "regexp" as well, which is harmless.
-	if keys.Regexp == nil {
-		return rule{}, errors.New(`the key "regexp" is missing; ` + form)
-	}
-	if keys.Into == nil {
-		return rule{}, errors.New(`the key "into" is missing; ` + form)
-	}
-	// In JSON, \b is a backspace and \t a tab, which no container's name has.
-	if i := strings.IndexFunc(*keys.Regexp+*keys.Into, unicode.IsControl); i >= 0 {
-		return rule{}, fmt.Errorf("it arrived with a single backslash, which JSON takes for a control character, in %s; %s", oneLine(text), quoting)
-	}
-	re, err := regexp.Compile(*keys.Regexp)
-	if err != nil {
-		return rule{}, fmt.Errorf("%s; the syntax is that of https://pkg.go.dev/regexp/syntax", oneLine(err.Error()))
-	}
-	if err := checkTemplate(*keys.Into, re); err != nil {
-		return rule{}, err
-	}
-	return rule{re, *keys.Into}, nil
+// subject is what rules see of a container.
+type subject struct {
+	name   string // without Docker's leading slash
+	id     string
+	image  string // as it was given when the container was made
+	labels map[string]string
 }
 
-// explainJSON turns an error of encoding/json into what its reader has to do.
-func explainJSON(text string, err error) error {
-	var syntax *json.SyntaxError
-	var kind *json.UnmarshalTypeError
-	switch {
-	case !strings.Contains(text, `"`) && strings.ContainsAny(text, "{:"):
-		return fmt.Errorf("it arrived without its double quotes, as %s: systemd or a shell took them out; %s", text, quoting)
-	case errors.As(err, &syntax) && strings.Contains(err.Error(), "in string escape code"):
-		return fmt.Errorf(`it arrived with a single backslash, before byte %d of %s: systemd or a shell took the other one out, or it was never there (the \. of a regexp is \\. in JSON); %s`, syntax.Offset, text, quoting)
-	case errors.As(err, &syntax):
-		return fmt.Errorf("not JSON, at byte %d of %s: %w; %s", syntax.Offset, text, err, form)
-	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
-		return fmt.Errorf("the JSON ends too early: %s; %s", text, form)
-	case errors.As(err, &kind) && kind.Field == "":
-		return fmt.Errorf("a JSON %s where an object is wanted; %s", kind.Value, form)
-	case errors.As(err, &kind):
-		return fmt.Errorf("%q is a JSON %s where a string is wanted; %s", kind.Field, kind.Value, form)
-	default: // an unknown key: encoding/json has no type for that
-		return fmt.Errorf(`%s; the keys are "regexp" and "into"`, strings.TrimPrefix(err.Error(), "json: "))
-	}
+// naming is what the rules make of a container.
+type naming struct {
+	path     string // of its metrics
+	rule     int    // the one that matched, counted from 1; 0 for none
+	category string // "" for none
+	drop     bool
 }
 
-// checkTemplate refuses a template that names a group re does not have: Expand would
-// silently put nothing in its place.
-func checkTemplate(template string, re *regexp.Regexp) error {
-	for i := 0; i < len(template); {
-		if template[i] != '$' {
-			i++
+// apply returns what the rules make of s, on the host of that name.
+func (rs rules) apply(s subject, host string) naming {
+	for i := range rs {
+		r := &rs[i]
+		text, ok := r.text(s)
+		if !ok || !r.regexp.MatchString(text) {
 			continue
 		}
-		group, length := templateGroup(template[i:])
-		if length == 0 { // a "$" that Expand leaves as it is
-			return fmt.Errorf(`in "into": the $ at byte %d of %s names no group; write $$ for a dollar sign`, i+1, template)
-		}
-		if group != "" && !hasGroup(re, group) {
-			remedy := fmt.Sprintf("the regexp has %s", groups(re))
-			if braced, rest := splitGroup(re, group); braced != "" && template[i+1] != '{' {
-				remedy = fmt.Sprintf("write ${%s}%s, since a group's name goes on as long as there are letters, digits and underscores", braced, rest)
+		n := naming{rule: i + 1, category: r.category, drop: r.drop}
+		if r.rename {
+			template, ok := fillIn(r.into, r.regexp, s, host)
+			if !ok {
+				continue
 			}
-			return fmt.Errorf(`in "into": %s names the group %q, which the regexp does not have; %s`, template[i:i+length], group, remedy)
+			n.path = graphitePath(r.regexp.ReplaceAllString(text, template))
 		}
-		i += length
+		if n.path == "" {
+			n.path = ownPath(s.name)
+		}
+		return n
 	}
-	return nil
+	return naming{path: ownPath(s.name)}
 }
 
-// What Expand takes for a reference.
-var templateRef = regexp.MustCompile(`^\$(?:\$|([\pL\p{Nd}_]+)|\{([\pL\p{Nd}_]+)\})`)
-
-// templateGroup returns the name of the group that a template starting with "$" refers
-// to ("" for "$$"), and the length of that reference; 0 where it is none.
-func templateGroup(template string) (group string, length int) {
-	m := templateRef.FindStringSubmatch(template)
-	if m == nil {
-		return "", 0
-	}
-	return m[1] + m[2], len(m[0])
+// see tells whether any of the rules looks at that, "image" for example.
+func (rs rules) see(from string) bool {
+	return slices.ContainsFunc(rs, func(r rule) bool { return r.from == from })
 }
 
-func hasGroup(re *regexp.Regexp, group string) bool {
-	// As Expand does, which takes $01 for a group named "01".
-	if n, err := strconv.Atoi(group); err == nil && strconv.Itoa(n) == group {
-		return n <= re.NumSubexp()
-	}
-	return re.SubexpIndex(group) >= 0
-}
-
-// splitGroup returns the longest start of group that is a group of re, and what is left.
-func splitGroup(re *regexp.Regexp, group string) (found, rest string) {
-	for end := len(group) - 1; end > 0; end-- {
-		if hasGroup(re, group[:end]) {
-			return group[:end], group[end:]
+// categories returns the categories that there are, each once.
+func (rs rules) categories() []string {
+	var names []string
+	for _, r := range rs {
+		if r.category != "" && !slices.Contains(names, r.category) {
+			names = append(names, r.category)
 		}
 	}
-	return "", group
+	return names
 }
 
-// groups says which groups re has.
-func groups(re *regexp.Regexp) string {
-	switch n := re.NumSubexp(); n {
-	case 0:
-		return "no groups (those are its parentheses)"
-	case 1:
-		return "one group, $1"
-	default:
-		return fmt.Sprintf("%d groups, $1 to $%d", n, n)
+// text returns what the regexp sees of s; ok is false for a label that s has not.
+func (r *rule) text(s subject) (text string, ok bool) {
+	switch r.from {
+	case "image":
+		return s.image, true
+	case "id":
+		return s.id, true
+	case "name":
+		return s.name, true
 	}
+	text, ok = s.labels[strings.TrimPrefix(r.from, "label:")]
+	return text, ok
 }
 
-// path returns the Graphite path for the metrics of the container with that name,
-// which is given without Docker's leading slash.
-func (r rule) path(name string) string {
-	if r.regexp != nil {
-		if path := graphitePath(r.regexp.ReplaceAllString(name, r.into)); path != "" {
-			return path
+// fillIn replaces what Expand does not know in a template: ${host}, the host's name, unless re has a group of that name,
+// and ${label:KEY}, a label of s. Each is one node of a path, whatever is in it. ok is false for a label that s has not.
+func fillIn(template string, re *regexp.Regexp, s subject, host string) (filled string, ok bool) {
+	if !strings.Contains(template, "host") && !strings.Contains(template, "{label:") {
+		return template, true
+	}
+	var b strings.Builder
+	for len(template) > 0 {
+		ref, length := templateRef(template)
+		switch key, isLabel := strings.CutPrefix(ref, "label:"); {
+		case isLabel:
+			value, found := s.labels[key]
+			if !found {
+				return "", false
+			}
+			b.WriteString(graphiteNode(value))
+		case ref == "host" && !hasGroup(re, ref):
+			b.WriteString(graphiteNode(host))
+		default:
+			length = max(length, 1)
+			b.WriteString(template[:length])
 		}
+		template = template[length:]
 	}
+	return b.String(), true
+}
+
+// ownPath is the path of a container that no rule says anything about.
+func ownPath(name string) string {
 	if path := graphitePath(name); path != "" {
 		return path
 	}

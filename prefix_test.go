@@ -6,6 +6,23 @@ import (
 	"testing"
 )
 
+// renaming is the rule that --prefix={"regexp":…,"into":…} is.
+func renaming(re *regexp.Regexp, into string) rules {
+	return rules{{from: "name", regexp: re, into: into, rename: true}}
+}
+
+func mustRules(t testing.TB, text string) rules {
+	t.Helper()
+	if text == "" {
+		return nil
+	}
+	rs, err := parseRules(text)
+	if err != nil {
+		t.Fatalf("%s: %v", text, err)
+	}
+	return rs
+}
+
 func TestRuleMakesPaths(t *testing.T) {
 	const documented = `{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}`
 	for _, test := range []struct{ rule, name, want string }{
@@ -29,15 +46,7 @@ func TestRuleMakesPaths(t *testing.T) {
 		{`{"regexp":".*","into":"a b;root.forged 1 2"}`, "web", "a_b_root.forged_1_2"},
 		{`{"regexp":".*","into":"../../etc;tag=*{x}[é]"}`, "web", "_._etc_tag___x____"},
 	} {
-		var r rule
-		if test.rule != "" {
-			var err error
-			if r, err = parseRule(test.rule); err != nil {
-				t.Errorf("%s: %v", test.rule, err)
-				continue
-			}
-		}
-		if got := r.path(test.name); got != test.want {
+		if got := mustRules(t, test.rule).apply(subject{name: test.name}, "h").path; got != test.want {
 			t.Errorf("%s makes %q of %q, want %q", test.rule, got, test.name, test.want)
 		}
 	}
@@ -56,46 +65,70 @@ func TestPathNodesFitIntoFileNames(t *testing.T) {
 	}
 }
 
-// The errors are all there is between a user and a dashboard that stays empty: each has to
-// say what is wrong and what to write instead, in one line.
-func TestRuleRefusals(t *testing.T) {
-	for _, test := range []struct{ rule, want string }{
-		{`web`, `^not JSON, at byte 1 of web: .*; the form is \{"regexp":"…","into":"…"\}$`},
-		{`{"regexp":"a","into":"b"`, `^the JSON ends too early: .*; the form is `},
-		{`{"regexp":"a","into":"b"}}`, `^something follows the JSON object, at byte 26 of `},
-		{`["a"]`, `^a JSON array where an object is wanted; the form is `},
-		{`null`, `^the key "regexp" is missing; the form is `},
-		{`{"into":"b"}`, `^the key "regexp" is missing; the form is `},
-		{`{"regexp":"a"}`, `^the key "into" is missing; the form is `},
-		{`{"regexp":"a","into":"b","inot":"c"}`, `^unknown field "inot"; the keys are "regexp" and "into"$`},
-		{`{"regexp":1,"into":"b"}`, `^"regexp" is a JSON number where a string is wanted; the form is `},
-		{`{"regexp":"a(","into":"b"}`, "^error parsing regexp: missing closing \\): `a\\(`; the syntax is that of https://"},
-		// A group that is not there
-		{`{"regexp":"(.*)","into":"$1_x"}`, `\$1_x names the group "1_x", .*; write \$\{1\}_x, since`},
-		{`{"regexp":"(?P<name>.*)","into":"$nameX"}`, `\$nameX names the group "nameX", .*; write \$\{name\}X, since`},
-		{`{"regexp":"(.*)","into":"$2"}`, `\$2 names the group "2", .*; the regexp has one group, \$1$`},
-		{`{"regexp":"(.*)-(.*)","into":"${3}"}`, `\$\{3\} names .*; the regexp has 2 groups, \$1 to \$2$`},
-		{`{"regexp":".*","into":"$1"}`, `\$1 names .*; the regexp has no groups \(those are its parentheses\)$`},
-		{`{"regexp":"(.*)","into":"$01"}`, `\$01 names the group "01"`}, // for Expand that is a name
-		{`{"regexp":"(.*)","into":"$1 $"}`, `the \$ at byte 4 of \$1 \$ names no group; write \$\$ for a dollar sign$`},
-		// What is left of the unit of 2015 after today's systemd, and of a prefix in the
-		// double quotes of a shell
-		{`{regexp:(.*)\\..*\\.(.*)\\..*,into:$1.$2}`, `^it arrived without its double quotes, as \{regexp:.*: systemd or a shell took them out; put the whole of it in single quotes; .*'--prefix=\{"regexp":"\(\.\*\)\\\\\\\\\.\.\*.*`},
-		{`{regexp:(.*)\..*,into:.}`, `^it arrived without its double quotes`},
-		{`{"regexp":"\bweb\b","into":"$1"}`, `^it arrived with a single backslash, which JSON takes for a control character, in .*; put the whole of it in single quotes; `},
-		{`into:.`, `^it arrived without its double quotes, as into:\.: systemd or a shell took them out; `}, // the last of a bash's brace expansion
-		{`--backstop=https://user:secret@h/publish/docker`, `^not a rule, and "?\(not shown, as it may hold a password\)"?; the form is `},
-		{`{"regexp":"(.*)\..*","into":"$1"}`, `^it arrived with a single backslash, .*; put the whole of it in single quotes; `},
-		{"{\"regexp\":\n\"(\",\"into\":\"\"}\n\n#", "^something follows"},
+func TestRuleLists(t *testing.T) {
+	web := subject{"shop_web_1", "0123456789abcdef", "registry:5000/shop/web:1.2", map[string]string{
+		"monitoring": "on", "empty": "", "com.docker.compose.project": "shop", "com.docker.compose.service": "api.v2", "lines": "a\nb 1 2",
+	}}
+	for _, test := range []struct {
+		rules string
+		want  naming
+	}{
+		{`[{"regexp":"^x","into":"x"},{"regexp":"^shop_","into":"s."},{"regexp":"web","into":"w"}]`, naming{"s.web_1", 2, "", false}},
+		{`[{"regexp":"^x","into":"x"}]`, naming{"shop_web_1", 0, "", false}},
+		{`{"regexp":"web","category":"front"}`, naming{"shop_web_1", 1, "front", false}},
+		{`{"regexp":"web","into":"w","category":"front end"}`, naming{"shop_w_1", 1, "front_end", false}},
+		{`{"regexp":"web","drop":true}`, naming{"shop_web_1", 1, "", true}},
+		{`[{"regexp":"web"},{"regexp":".*","into":"other"}]`, naming{"shop_web_1", 1, "", false}}, // an exception
+		// What the regexp sees
+		{`{"from":"name","regexp":"^shop_(.*)$","into":"$1"}`, naming{"web_1", 1, "", false}},
+		{`{"from":"image","regexp":"^.*/([^/:]+)(:.*)?$","into":"$1"}`, naming{"web", 1, "", false}},
+		{`{"from":"id","regexp":"^(.{6}).*$","into":"c.$1"}`, naming{"c.012345", 1, "", false}},
+		{`{"from":"label:monitoring","regexp":"^on$","into":"m.$0"}`, naming{"m.on", 1, "", false}},
+		{`{"from":"label:monitoring","regexp":"^on$","category":"watched"}`, naming{"shop_web_1", 1, "watched", false}},
+		{`[{"from":"label:other","regexp":"","into":"x"},{"regexp":"","category":"rest"}]`, naming{"shop_web_1", 2, "rest", false}},
+		{`{"from":"label:empty","regexp":"^$","into":"x"}`, naming{"x", 1, "", false}}, // there, if empty
+		{`{"from":"label:lines","regexp":"^.*$","into":"x"}`, naming{"shop_web_1", 0, "", false}},
+		{`{"from":"label:lines","regexp":"(?s)^(.*)$","into":"$1"}`, naming{"a_b_1_2", 1, "", false}},
+		// What into has beside groups
+		{`{"regexp":"(.*)","into":"${host}.$1"}`, naming{"vm_test.shop_web_1", 1, "", false}},
+		{`{"regexp":"(.*)","into":"$host.$1"}`, naming{"vm_test.shop_web_1", 1, "", false}},
+		{`{"regexp":"(.*)","into":"$${host}.$1"}`, naming{"__host_.shop_web_1", 1, "", false}},
+		{`{"regexp":"^(?P<host>[^_]*).*$","into":"${host}.$host"}`, naming{"shop.shop", 1, "", false}},
+		{`{"regexp":"^.*$","into":"${label:com.docker.compose.project}.${label:com.docker.compose.service}"}`, naming{"shop.api_v2", 1, "", false}},
+		{`{"regexp":"^.*$","into":"${label:lines}"}`, naming{"a_b_1_2", 1, "", false}},
+		{`[{"regexp":"^.*$","into":"${label:missing}"},{"regexp":"^.*$","into":"x"}]`, naming{"x", 2, "", false}},
 	} {
-		_, err := parseRule(test.rule)
-		switch {
-		case err == nil:
-			t.Errorf("%s was not refused", test.rule)
-		case strings.Contains(err.Error(), "\n"):
-			t.Errorf("%s: more than one line: %v", test.rule, err)
-		case !regexp.MustCompile(test.want).MatchString(err.Error()):
-			t.Errorf("%s:\n got %s\nwant %s", test.rule, err, test.want)
+		if got := mustRules(t, test.rules).apply(web, "vm.test"); got != test.want {
+			t.Errorf("%s makes %+v, want %+v", test.rules, got, test.want)
 		}
 	}
+}
+
+// Whatever goes in, one safe path comes out.
+func FuzzPath(f *testing.F) {
+	f.Add(`{"regexp":"(.*)\\..*","into":"$1.${host}.${label:l}"}`, "my.container.name.x", "registry/web:1", "label\nroot.forged 1 2", "host.example")
+	f.Add(`[{"from":"image","regexp":"/","into":".."},{"from":"label:l","regexp":"(?s)(.*)","into":"$1$$$1"}]`, "../../etc", "a;b=*{}[]", "é\x00", "")
+	f.Add(`{"from":"id","regexp":"","into":"."}`, "", "", "", "..")
+	node := regexp.MustCompile(`^[A-Za-z0-9_-]{1,255}$`)
+	f.Fuzz(func(t *testing.T, text, name, image, label, host string) {
+		if strings.HasPrefix(text, "@") {
+			return
+		}
+		rs, err := parseRules(text)
+		if err != nil {
+			if strings.Contains(err.Error(), "\n") || err.Error() == "" {
+				t.Errorf("%q: the error %q", text, err)
+			}
+			rs = nil
+		}
+		n := rs.apply(subject{name, "0123456789ab", image, map[string]string{"l": label}}, host)
+		for part := range strings.SplitSeq(n.path, ".") {
+			if !node.MatchString(part) {
+				t.Errorf("%q makes %q of %q, %q, %q on %q", text, n.path, name, image, label, host)
+			}
+		}
+		if len(n.path) > maxPath || !isGraphitePath(n.path) || n.category != "" && !node.MatchString(n.category) {
+			t.Errorf("%q makes %+v", text, n)
+		}
+	})
 }
