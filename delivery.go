@@ -313,6 +313,9 @@ func (q *queue) failed(err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.inFlight = nil
+	for _, b := range q.fresh {
+		b.body = nil // its turn does not come at once
+	}
 	q.late = append(q.late, q.fresh...)
 	q.fresh = nil
 	if q.outage == nil {

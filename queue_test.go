@@ -458,6 +458,29 @@ func TestQueueIsBounded(t *testing.T) {
 	})
 }
 
+// What waits is packed; only what is sent at once is not.
+func TestQueueKeepsNothingUnpacked(t *testing.T) {
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, _ := r.queue()
+	q.put(points(0, 12_000))
+	unpacked := func() (n int) {
+		for b := range q.all() {
+			n += len(b.body)
+		}
+		return n
+	}
+	if unpacked() == 0 {
+		t.Error("what is sent at once has to be unpacked first")
+	}
+	for range 3 {
+		q.failed(q.send(t.Context(), q.next()))
+		q.put(points(0, 12_000))
+	}
+	if n := unpacked(); n > 0 {
+		t.Errorf("%d bytes are held unpacked", n)
+	}
+}
+
 // Once closed, there is one try, and the loss is told in figures.
 func TestQueueEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
