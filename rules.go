@@ -49,10 +49,10 @@ func parseRules(text string) (rules, error) {
 			return nil, source.explain(err)
 		}
 		if len(list) == 0 {
-			return nil, errors.New("the list has no rule in it; " + form)
+			return nil, source.in(errors.New("the list has no rule in it; " + form))
 		}
 	case all[0] != '{':
-		return nil, fmt.Errorf("a JSON %s where an object or a list is wanted; %s", kindOf(all), form)
+		return nil, source.in(fmt.Errorf("a JSON %s where an object or a list is wanted; %s", kindOf(all), form))
 	}
 	var rs rules
 	for i, raw := range list {

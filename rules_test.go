@@ -138,6 +138,8 @@ func TestRulesOfAFile(t *testing.T) {
 		"[\n {\"regexp\": \"a\" \"into\"}]":     `: not JSON, at line 2, column 17: invalid character '"' after object key:value pair; the form is `,
 		"[\n {\"regexp\": \"a\", \"drop\": 1}]": `: rule 1: "drop" is a JSON number where true or false is wanted`,
 		"{regexp:a}":                            ": not JSON, at line 1, column 2: ",
+		"[]":                                    ": the list has no rule in it; ",
+		"5":                                     ": a JSON number where an object or a list is wanted; ",
 		"[":                                     ": the JSON ends too early, at line 1, column 1; the form is ",
 	} {
 		write(text)

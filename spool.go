@@ -93,6 +93,7 @@ func (s *spool) open(known map[string]bool) ([]*batch, error) {
 	if trouble := spoolTrouble(s.dir); trouble != "" {
 		return nil, fmt.Errorf("%s: %s", s.dir, trouble)
 	}
+	_ = syncFolder(filepath.Dir(s.dir)) // it may be new, and its parent not ours to open
 	path := filepath.Join(s.dir, lockName)
 	lock := flock.New(path, flock.SetPermissions(0o600))
 	locked, err := lock.TryLock()

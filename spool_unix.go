@@ -16,7 +16,11 @@ func writeDurably(dir, name string, data []byte) error {
 	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(dir)); err != nil {
 		return err
 	}
-	// The new name is durable only when the folder is.
+	return syncFolder(dir) // only then is the new name durable
+}
+
+// syncFolder waits until the names in a folder are on the disk.
+func syncFolder(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
