@@ -23,7 +23,7 @@ func (s *standIn) at(credentials, path string) string {
 	return strings.Replace(s.URL, "http://", "http://"+credentials, 1) + path
 }
 
-var onePoint = encode([]metric{{"web.a", whole(1), 1795409680}})
+var onePoint = encode([]metric{{"", "web.a", whole(1), 1795409680}})
 
 func mustBackstop(t testing.TB, url string) *backstop {
 	t.Helper()
@@ -39,7 +39,7 @@ func TestPost(t *testing.T) {
 	s := newStandIn(t)
 	s.set("user:p@ss/w%rd", nil)
 	b := mustBackstop(t, s.at("user:p%40ss%2Fw%25rd", "/publish/docker/"))
-	if err := b.post(t.Context(), encode([]metric{{"web.a", whole(1), 1795409680}, {"web.b", whole(2), 1795409681}})); err != nil {
+	if err := b.post(t.Context(), encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409681}})); err != nil {
 		t.Fatal(err)
 	}
 	if got, want := s.lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
@@ -232,7 +232,7 @@ func TestLead(t *testing.T) {
 	s := newStandIn(t)
 	b := mustBackstop(t, s.URL+"/publish/docker")
 	b.leadAfter = time.Hour
-	body := encode([]metric{{"web.a", whole(1), 1795409680}, {"web.b", whole(2), 1795409680}, {"web.c", whole(3), 1795409680}})
+	body := encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409680}, {"", "web.c", whole(3), 1795409680}})
 	for range 2 {
 		if err := b.post(t.Context(), body); err != nil {
 			t.Error(err)
@@ -271,7 +271,7 @@ func TestLead(t *testing.T) {
 func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 	metrics := make([]metric, 100)
 	for i := range metrics {
-		metrics[i] = metric{fmt.Sprintf("web.m%d", i), whole(uint64(i)), 1795409680}
+		metrics[i] = metric{"", fmt.Sprintf("web.m%d", i), whole(uint64(i)), 1795409680}
 	}
 	for _, test := range []struct {
 		roundTrip, pause time.Duration // between Backstop and Carbon; before the batch

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -19,11 +20,6 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// maxInFlight is how many containers are asked at the same time. Engines that answer at
-// the tick of a one-second collector take one tick for all that are asked together; the
-// bound keeps the number of open files within the usual limit of 1,024.
-const maxInFlight = 512
-
 // collector makes metrics of what the engine says about its containers. Its methods are
 // called by one goroutine.
 type collector struct {
@@ -33,6 +29,8 @@ type collector struct {
 	host   string // what --host says
 	log    *slog.Logger
 
+	size        int                   // of the last sweep, in metrics, and some more
+	flow        flow                  // of the calls to the engine
 	engineName  string                // the engine's own name, once it is known
 	met         bool                  // whether the engine answers, as far as we know
 	trouble     string                // the last trouble with the engine that was logged
@@ -99,47 +97,43 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	now := c.remember(list, unnamed, start)
 	asked := now.asked
 
-	type sample struct {
-		metrics []metric
-		err     error
-	}
-	samples := make([]sample, len(asked))
+	metrics := make([]metric, 0, c.size)
+	errs := make([]error, len(asked))
+	var mu sync.Mutex // of metrics
 	var group errgroup.Group
-	group.SetLimit(maxInFlight)
 	if about == nil {
 		group.Go(func() error {
 			about = c.about(ctx)
 			return nil
 		})
 	}
-	for i, known := range asked {
-		group.Go(func() error {
-			samples[i].metrics, samples[i].err = c.sample(ctx, known, start)
-			return nil // one that failed must not end the others
-		})
-	}
+	c.flow.run(len(asked), func(i int) {
+		b := buffers.Get().(*buffer)
+		defer buffers.Put(b)
+		errs[i] = c.sample(ctx, asked[i], start, b)
+		mu.Lock()
+		defer mu.Unlock()
+		metrics = append(metrics, b.metrics...)
+	})
 	group.Wait()
 
-	result := sweepResult{running: len(c.containers), failed: len(unnamed), err: context.Cause(ctx)}
-	for _, s := range samples {
-		result.metrics = append(result.metrics, s.metrics...)
-	}
+	result := sweepResult{metrics: metrics, running: len(c.containers), failed: len(unnamed), err: context.Cause(ctx)}
 	// Where a connection failed, was it the container's or is the engine gone?
-	if result.err == nil && slices.ContainsFunc(samples, func(s sample) bool { return isConnectionError(s.err) }) {
+	if result.err == nil && slices.ContainsFunc(errs, isConnectionError) {
 		if _, result.err = c.engine.hello(ctx); result.err != nil {
 			c.engineFailed(ctx, result.err)
 		}
 	}
 	sampled := 0
-	for i, s := range samples {
+	for i, err := range errs {
 		switch {
-		case s.err == nil:
+		case err == nil:
 			sampled++
-		case !isGone(s.err) && ctx.Err() == nil:
+		case !isGone(err) && ctx.Err() == nil:
 			result.failed++
 		}
 		if result.err == nil { // else it is no container's fault
-			c.containerIs(asked[i], s.err)
+			c.containerIs(asked[i], err)
 		}
 	}
 	if ctx.Err() != nil {
@@ -158,6 +152,7 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	host.addCount(".metrics.collisions", now.collisions)
 	host.addCount(".metrics.duration", int(time.Since(start)))
 	result.metrics = append(result.metrics, host.metrics...)
+	c.size = len(result.metrics) + len(result.metrics)/8
 	return result
 }
 
@@ -246,7 +241,7 @@ func (c *collector) findImages(ctx context.Context, list []docker.APIContainers)
 		mu     sync.Mutex
 		failed map[string]error
 	)
-	group.SetLimit(maxInFlight)
+	group.SetLimit(fewInFlight)
 	for i := range list {
 		listed := &list[i]
 		if known := c.containers[listed.ID]; known != nil && known.image != "" {
@@ -392,29 +387,40 @@ func upAtLeast(status string) time.Duration {
 	return up
 }
 
-// sample asks for one container and returns its metrics.
-func (c *collector) sample(ctx context.Context, known *container, start time.Time) ([]metric, error) {
-	body, from, err := c.engine.stats(ctx, known.id)
+// buffer is what is needed for a sample, and not after it.
+type buffer struct {
+	body    bytes.Buffer
+	metrics []metric
+}
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+// sample asks for one container and leaves its metrics in b.
+func (c *collector) sample(ctx context.Context, known *container, start time.Time, b *buffer) error {
+	b.body.Reset()
+	f := flattener{metrics: b.metrics[:0]}
+	defer func() { b.metrics = f.metrics }()
+	from, err := c.engine.stats(ctx, known.id, &b.body)
 	if err != nil {
 		var status *docker.Error
 		if errors.As(err, &status) && status.Status >= 500 {
 			// So say engines with one-shot of a container that has just stopped, too.
 			if now, inspectErr := c.engine.inspect(ctx, known.id); isGone(inspectErr) || inspectErr == nil && !now.State.Running {
-				return nil, errStopped
+				return errStopped
 			}
 		}
-		return nil, err
+		return err
 	}
-	stats, err := decodeStats(body)
+	stats, err := decodeStats(b.body.Bytes())
 	if err != nil {
-		return nil, err
+		return err
 	}
-	f := stats.flatten(known.path, from, c.per)
+	stats.flatten(&f, known.path, from, c.per)
 	if known.restarted {
 		now, err := c.engine.inspect(ctx, known.id)
 		if err != nil {
 			known.last = nil // since nobody knows whether it was restarted
-			return f.metrics, fmt.Errorf("its uptime: %w", err)
+			return fmt.Errorf("its uptime: %w", err)
 		}
 		known.startedAt, known.restarts = now.State.StartedAt, uint64(max(now.RestartCount, 0))
 	}
@@ -431,14 +437,14 @@ func (c *collector) sample(ctx context.Context, known *container, start time.Tim
 		up := max(start.Sub(known.startedAt), 0) // the engine's clock can be ahead of ours
 		f.addCount(".uptime", int(up/time.Second))
 	}
-	f.add(".restarts", &known.restarts)
+	f.add(".restarts", counted(known.restarts))
 	switch {
 	case strings.Contains(known.status, "(healthy)"):
 		f.addCount(".health", 1)
 	case strings.Contains(known.status, "(unhealthy)"):
 		f.addCount(".health", 0)
 	}
-	return f.metrics, nil
+	return nil
 }
 
 // isGone tells whether err says that a container does not run any more.

@@ -95,6 +95,9 @@ func (q *queue) next() *batch {
 			q.inFlight = q.late[0]
 		default:
 			q.fresh, q.late = nil, nil // lets go of the room that a backlog took
+			if q.rest != nil {
+				q.rest()
+			}
 		}
 		b := q.inFlight
 		q.mu.Unlock()
@@ -143,7 +146,6 @@ func (q *queue) send(ctx context.Context, b *batch) error {
 				return err
 			}
 		default:
-			b.body = nil
 			if b.accepted > 0 || b.refusals > 0 {
 				b.parts = parts
 			}
@@ -202,7 +204,7 @@ func (q *queue) halve(b *batch, parts []part, r *refusal) ([]part, error) {
 		rest = append(rest, halves...)
 	}
 	if b.accepted == 0 && (b.refusals == maxRefusals || len(rest) == 0) {
-		b.body, b.parts, b.refused, b.refusals, b.asked = nil, nil, nil, 0, false
+		b.parts, b.refused, b.refusals, b.asked = nil, nil, 0, false
 		q.largest = maxBatch
 		return nil, r
 	}
@@ -314,6 +316,7 @@ func (q *queue) failed(err error) {
 	defer q.mu.Unlock()
 	q.inFlight = nil
 	for _, b := range q.fresh {
+		q.pack(b)
 		b.body = nil // its turn does not come at once
 	}
 	q.late = append(q.late, q.fresh...)

@@ -26,7 +26,7 @@ import (
 func sampled(sweep, n int) []metric {
 	metrics := make([]metric, n)
 	for i := range metrics {
-		metrics[i] = metric{fmt.Sprintf("web.m%d", i), whole(uint64(sweep)), 1795409680 + int64(sweep)*60}
+		metrics[i] = metric{"", fmt.Sprintf("web.m%d", i), whole(uint64(sweep)), 1795409680 + int64(sweep)*60}
 	}
 	return metrics
 }

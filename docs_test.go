@@ -73,7 +73,7 @@ func everyMetric(t *testing.T) []string {
 	// An answer that has everything, of all kinds of engines at once
 	var s stats
 	fill(reflect.ValueOf(&s).Elem())
-	metrics := s.flatten("c", origin{}, details{true, true, true}).metrics
+	metrics := flattened(&s, origin{}, details{true, true, true})
 
 	// Two sweeps, for what needs a sample before, and for the host
 	r := newReplay(t, "cgroup2")
@@ -87,9 +87,9 @@ func everyMetric(t *testing.T) []string {
 
 	var names []string
 	for _, m := range metrics {
-		if name, ok := strings.CutPrefix(m.name, "h."); ok {
+		if name, ok := strings.CutPrefix(m.name(), "h."); ok {
 			names = append(names, strings.Replace("<h>."+name, "containers.any", "containers.<category>", 1))
-		} else if name, ok := strings.CutPrefix(m.name, "c."); ok {
+		} else if name, ok := strings.CutPrefix(m.name(), "c."); ok {
 			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.", ".<major>_<minor>.").Replace("<c>."+name))
 		}
 	}
@@ -106,6 +106,10 @@ func fill(v reflect.Value) {
 	case reflect.Struct:
 		if v.Type() == reflect.TypeFor[time.Time]() {
 			v.Set(reflect.ValueOf(time.Unix(1795409680, 0)))
+			return
+		}
+		if v.Type() == reflect.TypeFor[count]() {
+			v.Set(reflect.ValueOf(counted(1)))
 			return
 		}
 		for i := range v.NumField() {

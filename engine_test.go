@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -214,7 +215,7 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `EOF`, true},
 	} {
 		r.on("/containers/fx-idle/stats", test.answer)
-		_, _, err := e.stats(t.Context(), id)
+		_, err := e.stats(t.Context(), id, new(bytes.Buffer))
 		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) || isConnectionError(err) != test.connect {
 			t.Errorf("a container that %s: %v", test.why, err)
 		}

@@ -19,9 +19,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -49,7 +52,7 @@ func usualEngine(t *testing.T) *liveEngine {
 	return connect(t, address)
 }
 
-func connect(t *testing.T, address string) *liveEngine {
+func connect(t testing.TB, address string) *liveEngine {
 	t.Helper()
 	client, err := docker.NewClientFromEnv()
 	if address != os.Getenv("DOCKER_HOST") {
@@ -61,7 +64,7 @@ func connect(t *testing.T, address string) *liveEngine {
 	if err := client.Ping(); err != nil {
 		noEngine(t, "no Docker engine at %s: %v", address, err)
 	}
-	e := &liveEngine{client, address, fmt.Sprintf("docker-stats-to-backstop-test:%s-%d", strings.ToLower(t.Name()), os.Getpid())}
+	e := &liveEngine{client, address, fmt.Sprintf("docker-stats-to-backstop-test:%s-%d", strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), os.Getpid())}
 	root, err := os.Open(busyboxTar(t, t.TempDir()))
 	must(t, err)
 	defer root.Close()
@@ -74,7 +77,7 @@ func connect(t *testing.T, address string) *liveEngine {
 }
 
 // busyboxTar makes a tar of a root with /busybox in it, in dir, and returns its path.
-func busyboxTar(t *testing.T, dir string) string {
+func busyboxTar(t testing.TB, dir string) string {
 	t.Helper()
 	busybox, err := os.ReadFile("/bin/busybox")
 	if err != nil {
@@ -146,20 +149,20 @@ func byName(t *testing.T, metrics []metric) map[string]metric {
 	t.Helper()
 	named := map[string]metric{}
 	for _, m := range metrics {
-		if name, ok := strings.CutPrefix(m.name, "test."); ok {
+		if name, ok := strings.CutPrefix(m.name(), "test."); ok {
 			if old, double := named[name]; double {
 				t.Errorf("%s is there twice: %v and %v", name, old, m)
 			}
 			named[name] = m
 		}
-		if !goodName.MatchString(m.name) || badEnd.MatchString(m.name) {
-			t.Errorf("%s is not a name that Graphite can keep", m.name)
+		if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+			t.Errorf("%s is not a name that Graphite can keep", m.name())
 		}
 	}
 	return named
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -203,7 +206,7 @@ func TestLiveContainers(t *testing.T) {
 	must(t, err)
 	total := metric{}
 	for _, m := range result.metrics {
-		if m.name == graphiteNode(info.Name)+".containers.total" {
+		if m.name() == graphiteNode(info.Name)+".containers.total" {
 			total = m
 		}
 	}
@@ -291,13 +294,13 @@ func TestLiveRules(t *testing.T) {
 			t.Fatal(result.err)
 		}
 		for _, m := range result.metrics {
-			if !goodName.MatchString(m.name) || badEnd.MatchString(m.name) {
-				t.Errorf("%s makes %q", text, m.name)
+			if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+				t.Errorf("%s makes %q", text, m.name())
 			}
-			if name, ok := strings.CutSuffix(m.name, ".pids.current"); ok && strings.HasPrefix(name, "test.") {
+			if name, ok := strings.CutSuffix(m.name(), ".pids.current"); ok && strings.HasPrefix(name, "test.") {
 				names = append(names, name)
 			}
-			if category, ok := strings.CutPrefix(m.name, "h.containers.cat"); ok {
+			if category, ok := strings.CutPrefix(m.name(), "h.containers.cat"); ok {
 				names = append(names, fmt.Sprintf("%s=%d", category, m.value.n))
 			}
 		}
@@ -351,6 +354,90 @@ func TestLiveRules(t *testing.T) {
 	if after, _ := sweep(byImage); len(before) != 2 || !slices.Equal(after, before) {
 		t.Errorf("there was %q, now there is %q", before, after)
 	}
+}
+
+// Containers come and go all the time, under a fast poll, for 10 s or as long as $SOAK says: nothing is kept of those that are gone.
+func TestLiveSoak(t *testing.T) {
+	e := usualEngine(t)
+	long := 10 * time.Second
+	if text := os.Getenv("SOAK"); text != "" {
+		var err error
+		long, err = time.ParseDuration(text)
+		must(t, err)
+	}
+	s := newStandIn(t)
+	s.set("", answerWith(200, "ok"))
+	target := mustBackstop(t, s.URL+"/publish/docker")
+	c, log := e.collector(t)
+	q := newQueue(destination{"Backstop", encode, target.post}, 1<<20, log.logger())
+	ctx, cancel := context.WithTimeout(t.Context(), long)
+	defer cancel()
+
+	sweeps := 0
+	sweep := func() {
+		sweeps++
+		q.put(append(c.sweep(t.Context()).metrics, q.own("h", time.Now())...))
+		for q.metrics > 0 {
+			must(t, q.send(t.Context(), q.next()))
+		}
+	}
+	sweep()
+	before := held(t)
+	var churn sync.WaitGroup
+	started := new(atomic.Int64)
+	for worker := range 4 {
+		churn.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				name := e.name(t, fmt.Sprintf("soak%d-%d", worker, i))
+				made, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.image, Cmd: []string{"/busybox", "sleep", "100"}},
+					HostConfig: &docker.HostConfig{NetworkMode: "none"}})
+				if err == nil {
+					err = e.StartContainer(made.ID, nil)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				started.Add(1)
+				if err := e.remove(name); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		sweep()
+	}
+	churn.Wait()
+	sweep()
+	for _, known := range c.containers {
+		if strings.HasPrefix(known.name, e.name(t, "soak")) {
+			t.Errorf("%s is still known", known.name)
+		}
+	}
+	for path := range c.holders {
+		if strings.Contains(path, "soak") {
+			t.Errorf("%s is still held", path)
+		}
+	}
+	after := held(t)
+	// A connection is two goroutines and a file at our end, and as much at the stand-in's; the engine's are kept up to 128.
+	if after.files > before.files+140 || after.goroutines > before.goroutines+290 || after.heap > before.heap+8<<20 {
+		t.Errorf("after %d containers in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after, before)
+	}
+	t.Logf("%d containers came and went in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after, before)
+}
+
+type holdings struct{ files, goroutines, heap int }
+
+// held is what this process holds.
+func held(t *testing.T) holdings {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	runtime.GC()
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	return holdings{len(files), runtime.NumGoroutine(), int(memory.HeapAlloc)}
 }
 
 // dockerStats is what the docker command prints of a container, field by field.

@@ -70,6 +70,9 @@ over the variable, and an empty variable counts as unset.
   --spool-limit=SIZE  SRV_SPOOL_LIMIT
                                    how much is kept at most, in either place; then the oldest are
                                    given up (default: 256MiB)
+  --concurrency=N   SRV_CONCURRENCY
+                                   how many calls to the engine may be under way at the same time
+                                   (default: as many as it needs, up to 512)
   --check           SRV_CHECK      show what --prefix makes of each running container, and exit: 0, or
                                    1 if two would have one name; nothing is sent
   --once            SRV_ONCE       poll once, deliver, and exit: 0, or 1 if anything failed
@@ -90,20 +93,24 @@ const (
 	maxSpool = 1 << 50
 )
 
+// maxConcurrency is the most that makes sense: an engine has not so many containers.
+const maxConcurrency = 10_000
+
 // options are those of the command line, checked.
 type options struct {
-	backstop   *backstop // nil: standard output
-	engine     *engine
-	rules      rules
-	poll       time.Duration
-	host       string
-	per        details
-	spool      string // the folder, absolute; "": in memory
-	spoolLimit int64  // bytes
-	check      bool
-	once       bool
-	verbose    bool
-	version    bool
+	backstop    *backstop // nil: standard output
+	engine      *engine
+	rules       rules
+	poll        time.Duration
+	host        string
+	per         details
+	spool       string // the folder, absolute; "": in memory
+	spoolLimit  int64  // bytes
+	concurrency int    // 0: found out
+	check       bool
+	once        bool
+	verbose     bool
+	version     bool
 }
 
 func main() {
@@ -129,7 +136,7 @@ func main() {
 func parseOptions(args []string) (*options, error) {
 	// All values are plain text for the flag package, and looked at below: its own error
 	// texts repeat the value, which may be a URL with a password.
-	var backstopURL, docker, prefix, poll, host, per, spool, spoolLimit, check, once, verbose, version string
+	var backstopURL, docker, prefix, poll, host, per, spool, spoolLimit, concurrency, check, once, verbose, version string
 	flags := flag.NewFlagSet(program, flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&backstopURL, "backstop", "-", "")
@@ -141,6 +148,7 @@ func parseOptions(args []string) (*options, error) {
 	stateDirectory, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd's StateDirectory=
 	flags.StringVar(&spool, "spool", stateDirectory, "")
 	flags.StringVar(&spoolLimit, "spool-limit", "256MiB", "")
+	flags.StringVar(&concurrency, "concurrency", "", "")
 	flags.BoolFunc("check", "", func(text string) error { check = text; return nil })
 	flags.BoolFunc("once", "", func(text string) error { once = text; return nil })
 	flags.BoolFunc("verbose", "", func(text string) error { verbose = text; return nil })
@@ -182,7 +190,7 @@ func parseOptions(args []string) (*options, error) {
 	}
 
 	opts := &options{host: host}
-	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per", "spool", "spool-limit"} {
+	for _, name := range []string{"backstop", "docker", "prefix", "poll", "host", "per", "spool", "spool-limit", "concurrency"} {
 		value := flags.Lookup(name).Value.String()
 		if onLine[name] && value == "" {
 			return nil, fmt.Errorf("--%s is empty: give it a value, or leave it out for the default; see --help", name)
@@ -235,6 +243,12 @@ func parseOptions(args []string) (*options, error) {
 	}
 	if opts.spoolLimit < minSpool || opts.spoolLimit > maxSpool {
 		return nil, fmt.Errorf("%s: %s is not between 1MiB and 1PiB; write a size such as 256MiB", from("spool-limit"), shown(spoolLimit))
+	}
+	if concurrency != "" {
+		if opts.concurrency, err = strconv.Atoi(concurrency); err != nil || opts.concurrency < 1 || opts.concurrency > maxConcurrency {
+			return nil, fmt.Errorf("%s: %s is not a number from 1 to %d; leave it out for the default, which suits most engines",
+				from("concurrency"), shown(concurrency), maxConcurrency)
+		}
 	}
 	// A container that hangs must not cost the others their next poll.
 	if opts.engine, err = newEngine(docker, min(maxCall, opts.poll-opts.poll/10)); err != nil {
@@ -312,7 +326,7 @@ func run(opts *options, log *slog.Logger) error {
 		})
 	})
 
-	collector := &collector{engine: opts.engine, rules: opts.rules, per: opts.per, host: opts.host, log: log}
+	collector := &collector{engine: opts.engine, rules: opts.rules, per: opts.per, host: opts.host, flow: flow{limit: opts.concurrency}, log: log}
 	if opts.check {
 		collector.log = slog.New(slog.DiscardHandler) // the table says it all
 		ok, err := collector.check(ctx, os.Stdout)
@@ -331,6 +345,10 @@ func run(opts *options, log *slog.Logger) error {
 		}
 	}
 	queue := newQueue(to, opts.spoolLimit, log.With("to", name))
+	if opts.backstop != nil && opts.poll > keepAlive {
+		// The connection would not last until the next sweep, and its end would wake us up in between.
+		queue.rest = opts.backstop.transport.CloseIdleConnections
+	}
 	if opts.spool != "" && opts.backstop != nil {
 		if err := queue.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
 			log.Error("not started: the folder of --spool is not for us", "spool", opts.spool, "error", errorText(err))

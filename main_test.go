@@ -15,12 +15,12 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){program: main})
+	testscript.Main(m, map[string]func(){program: main, "floor": floor})
 }
 
 // cannot ends a test that needs what is not there: it is skipped, but where
 // REQUIRE_ENGINE is set, as script/test does, it fails.
-func cannot(t *testing.T, format string, args ...any) {
+func cannot(t testing.TB, format string, args ...any) {
 	t.Helper()
 	why := fmt.Sprintf(format, args...)
 	if os.Getenv("REQUIRE_ENGINE") != "" {
@@ -30,7 +30,7 @@ func cannot(t *testing.T, format string, args ...any) {
 }
 
 // noEngine is cannot, for want of an engine or what comes with it.
-func noEngine(t *testing.T, format string, args ...any) {
+func noEngine(t testing.TB, format string, args ...any) {
 	t.Helper()
 	cannot(t, format+"; script/engine brings one", args...)
 }

@@ -11,10 +11,14 @@ import (
 
 // metric is one point of a Graphite series.
 type metric struct {
-	name  string // a safe Graphite path: see graphitePath
+	path  string // how its name begins, as those of all metrics of a container or host: see graphitePath
+	own   string // how it goes on, with a dot in between: what all containers or hosts share
 	value value
 	time  int64 // Unix seconds
 }
+
+// name is what it is called in Graphite.
+func (m metric) name() string { return m.path + m.own }
 
 // value is a number as the metric contract has them: never negative, whole with all the
 // digits of a uint64, or with up to three digits after the point.
@@ -71,7 +75,7 @@ func (v value) append(b []byte) []byte {
 // appendLine appends m as a line of Carbon's plaintext protocol, "name value timestamp":
 // https://graphite.readthedocs.io/en/latest/feeding-carbon.html#the-plaintext-protocol.
 func (m metric) appendLine(b []byte) []byte {
-	b = append(b, m.name...)
+	b = append(append(b, m.path...), m.own...)
 	b = append(b, ' ')
 	b = m.value.append(b)
 	b = append(b, ' ')
@@ -83,7 +87,7 @@ func (m metric) appendLine(b []byte) []byte {
 // https://github.com/obfuscurity/backstop#sending-metrics.
 func (m metric) appendJSON(b []byte) []byte {
 	b = append(b, `{"metric":"`...)
-	b = append(b, m.name...) // a Graphite path has nothing in it to escape
+	b = append(append(b, m.path...), m.own...) // a Graphite path has nothing in it to escape
 	b = append(b, `","value":`...)
 	b = m.value.append(b)
 	b = append(b, `,"measure_time":`...)
@@ -121,7 +125,7 @@ func decode(body []byte) ([]metric, error) {
 		if !ok || !isGraphitePath(item.Metric) || item.MeasureTime <= 0 {
 			return nil, fmt.Errorf("item %d is no metric: %.200q = %.50q at %d", i+1, item.Metric, item.Value, item.MeasureTime)
 		}
-		metrics[i] = metric{item.Metric, v, item.MeasureTime}
+		metrics[i] = metric{item.Metric, "", v, item.MeasureTime}
 	}
 	return metrics, nil
 }

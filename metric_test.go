@@ -8,12 +8,12 @@ import (
 )
 
 func TestMetricOnTheWire(t *testing.T) {
-	m := metric{"web.cpu.total", whole(math.MaxUint64), 1795409680}
+	m := metric{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}
 	if got, want := string(m.appendLine(nil)), "web.cpu.total 18446744073709551615 1795409680\n"; got != want {
 		t.Errorf("plaintext: %q, want %q", got, want)
 	}
 	p, _ := decimal(12.5)
-	body := encode([]metric{m, {"web.cpu.percent", p, 1795409681}})
+	body := encode([]metric{m, {"web.cpu", ".percent", p, 1795409681}})
 	if want := `[{"metric":"web.cpu.total","value":18446744073709551615,"measure_time":1795409680},{"metric":"web.cpu.percent","value":12.5,"measure_time":1795409681}]`; string(body) != want || !json.Valid(body) {
 		t.Errorf("JSON: %s, want %s", body, want)
 	}
@@ -43,7 +43,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 	p, _ := decimal(12.5)
 	q, _ := decimal(0.001)
 	metrics := []metric{
-		{"web.cpu.total", whole(math.MaxUint64), 1795409680}, {"web.cpu.percent", p, 1795409681}, {"a.b", q, 1}, {"a", whole(0), 9_999_999_999},
+		{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}, {"web", ".cpu.percent", p, 1795409681}, {"", "a.b", q, 1}, {"", "a", whole(0), 9_999_999_999},
 	}
 	got, err := decode(encode(metrics))
 	if err != nil || asLines(got) != asLines(metrics) {
@@ -72,7 +72,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 }
 
 func TestLastOf(t *testing.T) {
-	metrics := []metric{{"a.b", whole(1), 1}, {"a.c", whole(2), 2}}
+	metrics := []metric{{"", "a.b", whole(1), 1}, {"", "a.c", whole(2), 2}}
 	for n := range 3 {
 		if got, want := string(lastOf(encode(metrics[:n]))), string(encode(metrics[max(n-1, 0):n])); got != want {
 			t.Errorf("%s, want %s", got, want)

@@ -29,6 +29,7 @@ type queue struct {
 	spool *spool // nil: everything is in memory
 	limit int64  // of bytes
 	pace  pace
+	rest  func() // called when everything is delivered, nil for nothing
 	log   *slog.Logger
 
 	mu       sync.Mutex
@@ -53,7 +54,7 @@ type queue struct {
 // batch is what is kept as one: a sweep, or a part of a large one.
 type batch struct {
 	file    string // in the spool, "" while it is in memory
-	packed  []byte // its body, where it is not in a file
+	packed  []byte // its body, where it is neither in a file nor sent at once
 	body    []byte // the same unpacked, nil where it had to wait
 	size    int64  // bytes where it is kept
 	metrics int
@@ -142,10 +143,10 @@ func (q *queue) own(host string, at time.Time) []metric {
 	defer q.mu.Unlock()
 	now := at.Unix()
 	return []metric{
-		{host + ".metrics.sent", whole(q.figures.sent), now},
-		{host + ".metrics.retried", whole(q.figures.retried), now},
-		{host + ".metrics.dropped", whole(q.figures.dropped), now},
-		{host + ".metrics.spooled", whole(uint64(q.bytes)), now},
+		{host, ".metrics.sent", whole(q.figures.sent), now},
+		{host, ".metrics.retried", whole(q.figures.retried), now},
+		{host, ".metrics.dropped", whole(q.figures.dropped), now},
+		{host, ".metrics.spooled", whole(uint64(q.bytes)), now},
 	}
 }
 
@@ -167,26 +168,39 @@ func (q *queue) put(metrics []metric) {
 
 // add appends a batch, in memory; its body stays unpacked if it is to be sent soon. It is called with mu held.
 func (q *queue) add(metrics []metric, soon bool) {
-	body := q.to.encode(metrics)
 	b := &batch{
-		packed:  q.packer.pack(body),
+		body:    q.to.encode(metrics),
 		metrics: len(metrics),
 		oldest:  slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) }).time,
 	}
-	b.size = int64(len(b.packed))
-	if q.spool != nil {
-		b.size = onDisk(b.size)
-	}
-	if soon {
-		b.body = body
-	}
+	b.size = int64(len(b.body))
 	q.metrics += b.metrics
 	q.bytes += b.size
+	if !soon || q.spool != nil || q.bytes > q.limit {
+		q.pack(b)
+	}
+	if !soon {
+		b.body = nil
+	}
 	if q.outage != nil && q.outage.failing {
 		q.late = append(q.late, b)
 	} else {
 		q.fresh = append(q.fresh, b)
 	}
+}
+
+// pack packs a batch, if it is not packed yet. It is called with mu held.
+func (q *queue) pack(b *batch) {
+	if b.packed != nil || b.file != "" {
+		return
+	}
+	b.packed = q.packer.pack(b.body)
+	q.bytes -= b.size
+	b.size = int64(len(b.packed))
+	if q.spool != nil {
+		b.size = onDisk(b.size)
+	}
+	q.bytes += b.size
 }
 
 // signal tells deliver that there is news.

@@ -2,7 +2,11 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
 	"log/slog"
+	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -144,6 +148,55 @@ func (r *replay) collector(t testing.TB, timeout time.Duration) (*collector, *lo
 	}
 	log := &logged{}
 	return &collector{engine: e, log: log.logger()}, log
+}
+
+// replayCrowd is an engine at a unix socket, with n containers of recorded answers, which takes some time for each.
+func replayCrowd(b testing.TB, n int, takes time.Duration) (address string) {
+	read := func(file string) []byte {
+		body, err := os.ReadFile(filepath.Join("testdata/engine/cgroup1", file))
+		if err != nil {
+			b.Fatal(err)
+		}
+		return body
+	}
+	var listed []map[string]any
+	if err := json.Unmarshal(read("containers.json"), &listed); err != nil {
+		b.Fatal(err)
+	}
+	var list []map[string]any
+	for i := range n {
+		one := maps.Clone(listed[0])
+		one["Id"], one["Names"], one["Status"] = fmt.Sprintf("%064x", i), []string{fmt.Sprintf("/project%d.service%d", i/10, i)}, "Up 3 weeks"
+		list = append(list, one)
+	}
+	all, err := json.Marshal(list)
+	if err != nil {
+		b.Fatal(err)
+	}
+	stats, info, inspect := read("stats-one-shot-busy.json"), read("info.json"), read("inspect-busy.json")
+	listener, err := net.Listen("unix", filepath.Join(b.TempDir(), "docker.sock"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Api-Version", "1.44")
+		switch path := r.URL.Path; {
+		case path == "/_ping":
+			io.WriteString(w, "OK")
+		case path == "/info":
+			w.Write(info)
+		case path == "/containers/json":
+			w.Write(all)
+		case strings.HasSuffix(path, "/stats"):
+			time.Sleep(takes)
+			w.Write(stats)
+		default:
+			w.Write(inspect)
+		}
+	})}
+	go server.Serve(listener)
+	b.Cleanup(func() { server.Close() })
+	return "unix://" + listener.Addr().String()
 }
 
 // logged keeps what is logged.

@@ -340,7 +340,7 @@ func TestSpoolHoldsADay(t *testing.T) {
 	for i := range 100 {
 		for _, name := range names {
 			for _, name := range expand(name) {
-				metrics = append(metrics, metric{fmt.Sprintf("project%d.service%d.%s", i/10, i, name), whole(random.Uint64N(1e12)), 1795409680 + int64(i%2)})
+				metrics = append(metrics, metric{"", fmt.Sprintf("project%d.service%d.%s", i/10, i, name), whole(random.Uint64N(1e12)), 1795409680 + int64(i%2)})
 			}
 		}
 	}
@@ -374,7 +374,7 @@ func BenchmarkDrain(b *testing.B) {
 		for i := range sweeps {
 			at := now - int64(sweeps-i)*60
 			for m := range metrics {
-				metrics[m] = metric{fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40), whole(uint64(i*m) * 1234567), at}
+				metrics[m] = metric{"", fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40), whole(uint64(i*m) * 1234567), at}
 			}
 			name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(at, 0).UTC().Format(spoolTime), i, size)
 			if err := os.WriteFile(filepath.Join(spool.dir, name), packer.pack(encode(metrics[:])), 0o600); err != nil {

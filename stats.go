@@ -6,10 +6,13 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	fastjson "github.com/segmentio/encoding/json"
 )
 
 // stats is what is used of a stats answer. What the engine did not send is nil.
@@ -26,72 +29,72 @@ type stats struct {
 		Ops   []blkioEntry `json:"io_serviced_recursive"` // cgroup v1
 	} `json:"blkio_stats"`
 	Storage struct { // Windows
-		ReadBytes  *uint64 `json:"read_size_bytes"`
-		WriteBytes *uint64 `json:"write_size_bytes"`
-		ReadOps    *uint64 `json:"read_count_normalized"`
-		WriteOps   *uint64 `json:"write_count_normalized"`
+		ReadBytes  count `json:"read_size_bytes"`
+		WriteBytes count `json:"write_size_bytes"`
+		ReadOps    count `json:"read_count_normalized"`
+		WriteOps   count `json:"write_count_normalized"`
 	} `json:"storage_stats"`
 	Pids struct {
-		Current *uint64 `json:"current"`
-		Limit   *uint64 `json:"limit"`
+		Current count `json:"current"`
+		Limit   count `json:"limit"`
 	} `json:"pids_stats"`
 }
 
 type cpuStats struct {
 	Usage struct {
-		Total  *uint64  `json:"total_usage"`         // ns; Windows: 100 ns
-		Kernel *uint64  `json:"usage_in_kernelmode"` // the same
-		User   *uint64  `json:"usage_in_usermode"`   // the same
+		Total  count    `json:"total_usage"`         // ns; Windows: 100 ns
+		Kernel count    `json:"usage_in_kernelmode"` // the same
+		User   count    `json:"usage_in_usermode"`   // the same
 		Cores  []uint64 `json:"percpu_usage"`        // ns, cgroup v1
 	} `json:"cpu_usage"`
-	System     *uint64 `json:"system_cpu_usage"` // ns
-	Online     *uint64 `json:"online_cpus"`      // since API 1.27
+	System     count `json:"system_cpu_usage"` // ns
+	Online     count `json:"online_cpus"`      // since API 1.27
 	Throttling struct {
-		Periods          *uint64 `json:"periods"`
-		ThrottledPeriods *uint64 `json:"throttled_periods"`
-		ThrottledTime    *uint64 `json:"throttled_time"` // ns
+		Periods          count `json:"periods"`
+		ThrottledPeriods count `json:"throttled_periods"`
+		ThrottledTime    count `json:"throttled_time"` // ns
 	} `json:"throttling_data"`
 }
 
 // memoryStats are bytes, where nothing else is said.
 type memoryStats struct {
-	Usage    *uint64 `json:"usage"`
-	MaxUsage *uint64 `json:"max_usage"` // cgroup v1
-	Limit    *uint64 `json:"limit"`
-	Failcnt  *uint64 `json:"failcnt"`
+	Usage    count `json:"usage"`
+	MaxUsage count `json:"max_usage"` // cgroup v1
+	Limit    count `json:"limit"`
+	Failcnt  count `json:"failcnt"`
 	Stats    struct {
 		// cgroup v1 has each of these for the group and, as total_…, with its children.
-		TotalCache        *uint64 `json:"total_cache"`
-		Cache             *uint64 `json:"cache"`
-		TotalRSS          *uint64 `json:"total_rss"`
-		RSS               *uint64 `json:"rss"`
-		TotalSwap         *uint64 `json:"total_swap"`
-		Swap              *uint64 `json:"swap"`
-		TotalInactiveFile *uint64 `json:"total_inactive_file"`
-		InactiveFile      *uint64 `json:"inactive_file"` // cgroup v2 too
-		TotalPgfault      *uint64 `json:"total_pgfault"` // pages
-		Pgfault           *uint64 `json:"pgfault"`       // cgroup v2 too
-		TotalPgmajfault   *uint64 `json:"total_pgmajfault"`
-		Pgmajfault        *uint64 `json:"pgmajfault"` // cgroup v2 too
-		File              *uint64 `json:"file"`       // cgroup v2
-		Anon              *uint64 `json:"anon"`       // cgroup v2
+		TotalCache        count `json:"total_cache"`
+		Cache             count `json:"cache"`
+		TotalRSS          count `json:"total_rss"`
+		RSS               count `json:"rss"`
+		TotalSwap         count `json:"total_swap"`
+		Swap              count `json:"swap"`
+		TotalInactiveFile count `json:"total_inactive_file"`
+		InactiveFile      count `json:"inactive_file"` // cgroup v2 too
+		TotalPgfault      count `json:"total_pgfault"` // pages
+		Pgfault           count `json:"pgfault"`       // cgroup v2 too
+		TotalPgmajfault   count `json:"total_pgmajfault"`
+		Pgmajfault        count `json:"pgmajfault"` // cgroup v2 too
+		File              count `json:"file"`       // cgroup v2
+		Anon              count `json:"anon"`       // cgroup v2
 	} `json:"stats"`
 	// Windows
-	Commit            *uint64 `json:"commitbytes"`
-	CommitPeak        *uint64 `json:"commitpeakbytes"`
-	PrivateWorkingSet *uint64 `json:"privateworkingset"`
+	Commit            count `json:"commitbytes"`
+	CommitPeak        count `json:"commitpeakbytes"`
+	PrivateWorkingSet count `json:"privateworkingset"`
 }
 
 // network counts what went through one interface.
 type network struct {
-	RxBytes   *uint64 `json:"rx_bytes"`
-	RxPackets *uint64 `json:"rx_packets"`
-	RxErrors  *uint64 `json:"rx_errors"`
-	RxDropped *uint64 `json:"rx_dropped"`
-	TxBytes   *uint64 `json:"tx_bytes"`
-	TxPackets *uint64 `json:"tx_packets"`
-	TxErrors  *uint64 `json:"tx_errors"`
-	TxDropped *uint64 `json:"tx_dropped"`
+	RxBytes   count `json:"rx_bytes"`
+	RxPackets count `json:"rx_packets"`
+	RxErrors  count `json:"rx_errors"`
+	RxDropped count `json:"rx_dropped"`
+	TxBytes   count `json:"tx_bytes"`
+	TxPackets count `json:"tx_packets"`
+	TxErrors  count `json:"tx_errors"`
+	TxDropped count `json:"tx_dropped"`
 }
 
 // blkioEntry counts one kind of operation on one device.
@@ -102,6 +105,31 @@ type blkioEntry struct {
 	Value uint64 `json:"value"`
 }
 
+// count is a number that an engine may have sent. It takes no allocation, as a pointer does.
+type count struct {
+	n    uint64
+	sent bool
+}
+
+func counted(n uint64) count { return count{n, true} }
+
+// UnmarshalJSON takes null for not sent, as encoding/json does where it can.
+func (c *count) UnmarshalJSON(text []byte) error {
+	if string(text) == "null" {
+		return nil
+	}
+	n, err := strconv.ParseUint(string(text), 10, 64)
+	if err != nil {
+		kind := kindOf(text)
+		if kind == "number" {
+			kind += " " + string(text)
+		}
+		return &json.UnmarshalTypeError{Value: kind, Type: reflect.TypeFor[uint64]()}
+	}
+	*c = counted(n)
+	return nil
+}
+
 // decodeStats reads a stats answer. One of a container that does not run, which has no
 // time or, from Podman, nothing in it, is errStopped.
 func decodeStats(body []byte) (*stats, error) {
@@ -109,7 +137,11 @@ func decodeStats(body []byte) (*stats, error) {
 		return nil, errStopped
 	}
 	var s stats
-	err := json.Unmarshal(body, &s)
+	err := fastjson.Unmarshal(body, &s)
+	if err != nil { // encoding/json says better why, and where
+		s = stats{}
+		err = json.Unmarshal(body, &s)
+	}
 	var kind *json.UnmarshalTypeError
 	switch {
 	case errors.As(err, &kind) && kind.Field == "":
@@ -149,18 +181,17 @@ func parseDetails(list string) (per details, err error) {
 	return per, nil
 }
 
-// flatten makes metrics of s, under path. What is not there is not sent: absent is not 0.
-func (s *stats) flatten(path string, from origin, per details) *flattener {
-	f := &flattener{metrics: make([]metric, 0, 48), path: path, at: s.Read.Unix()}
+// flatten adds to f the metrics of s, under path. What is not there is not sent: absent is not 0.
+func (s *stats) flatten(f *flattener, path string, from origin, per details) {
+	f.path, f.at = path, s.Read.Unix()
 	f.cpu(&s.CPU, from.windows, per.core)
 	f.memory(&s.Memory)
 	f.networks(s, per.iface)
 	f.blkio(s, per.device)
 	f.add(".pids.current", s.Pids.Current)
-	if limit := s.Pids.Limit; limit != nil && *limit != 0 && *limit != math.MaxUint64 { // which say unlimited
+	if limit := s.Pids.Limit; limit.n != 0 && limit.n != math.MaxUint64 { // which say unlimited
 		f.add(".pids.limit", limit)
 	}
-	return f
 }
 
 // flattener collects the metrics of one container, or of the host.
@@ -171,21 +202,21 @@ type flattener struct {
 }
 
 // add adds a metric, unless it has no value.
-func (f *flattener) add(name string, n *uint64) {
-	if n != nil {
-		f.metrics = append(f.metrics, metric{f.path + name, whole(*n), f.at})
+func (f *flattener) add(name string, c count) {
+	if c.sent {
+		f.metrics = append(f.metrics, metric{f.path, name, whole(c.n), f.at})
 	}
 }
 
 // addCount adds a number that this program has counted itself.
 func (f *flattener) addCount(name string, n int) {
-	f.metrics = append(f.metrics, metric{f.path + name, whole(uint64(n)), f.at})
+	f.metrics = append(f.metrics, metric{f.path, name, whole(uint64(n)), f.at})
 }
 
 // addDecimal adds a metric of up to three digits after the point, unless f is no such number.
 func (f *flattener) addDecimal(name string, number float64) {
 	if v, ok := decimal(number); ok {
-		f.metrics = append(f.metrics, metric{f.path + name, v, f.at})
+		f.metrics = append(f.metrics, metric{f.path, name, v, f.at})
 	}
 }
 
@@ -199,22 +230,22 @@ func (f *flattener) cpu(cpu *cpuStats, windows, perCore bool) {
 	f.add(".cpu.user", user)
 	f.add(".cpu.system", cpu.System)
 	if online := cpu.online(); online > 0 {
-		f.add(".cpu.online", &online)
+		f.add(".cpu.online", counted(online))
 	}
 	f.add(".cpu.throttling.periods", cpu.Throttling.Periods)
 	f.add(".cpu.throttling.throttled_periods", cpu.Throttling.ThrottledPeriods)
 	f.add(".cpu.throttling.throttled_time", cpu.Throttling.ThrottledTime)
 	if perCore {
 		for i, core := range cpu.Usage.Cores {
-			f.add(".cpu.core."+strconv.Itoa(i), &core)
+			f.add(".cpu.core."+strconv.Itoa(i), counted(core))
 		}
 	}
 }
 
 // online returns how many CPUs the engine has, 0 if it does not tell.
 func (cpu *cpuStats) online() uint64 {
-	if cpu.Online != nil && *cpu.Online > 0 {
-		return *cpu.Online
+	if cpu.Online.n > 0 {
+		return cpu.Online.n
 	}
 	return uint64(len(cpu.Usage.Cores))
 }
@@ -225,14 +256,13 @@ func (f *flattener) memory(m *memoryStats) {
 	f.add(".memory.max_usage", m.MaxUsage)
 	cache := firstOf(m.Stats.TotalCache, m.Stats.Cache, m.Stats.File)
 	f.add(".memory.cache", cache)
-	if m.Usage != nil && cache != nil {
-		active := *m.Usage - min(*cache, *m.Usage)
-		f.add(".memory.active", &active)
+	if m.Usage.sent && cache.sent {
+		f.add(".memory.active", counted(m.Usage.n-min(cache.n, m.Usage.n)))
 	}
 	workingSet := m.workingSet()
 	f.add(".memory.working_set", workingSet)
-	if workingSet != nil && m.Limit != nil && *m.Limit > 0 {
-		f.addDecimal(".memory.percent", float64(*workingSet)/float64(*m.Limit)*100)
+	if workingSet.sent && m.Limit.n > 0 {
+		f.addDecimal(".memory.percent", float64(workingSet.n)/float64(m.Limit.n)*100)
 	}
 	f.add(".memory.rss", firstOf(m.Stats.TotalRSS, m.Stats.RSS, m.Stats.Anon))
 	f.add(".memory.swap", firstOf(m.Stats.TotalSwap, m.Stats.Swap))
@@ -244,19 +274,15 @@ func (f *flattener) memory(m *memoryStats) {
 	f.add(".memory.private_working_set", m.PrivateWorkingSet)
 }
 
-// workingSet is what `docker stats` shows as memory in use, nil if the engine sent nothing of it.
+// workingSet is what `docker stats` shows as memory in use, not sent if the engine sent nothing of it.
 // https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
-func (m *memoryStats) workingSet() *uint64 {
-	if m.PrivateWorkingSet != nil {
+func (m *memoryStats) workingSet() count {
+	if m.PrivateWorkingSet.sent {
 		return m.PrivateWorkingSet
 	}
-	if m.Usage == nil {
-		return nil
-	}
-	for _, inactive := range []*uint64{m.Stats.TotalInactiveFile, m.Stats.InactiveFile} {
-		if inactive != nil && *inactive < *m.Usage {
-			used := *m.Usage - *inactive
-			return &used
+	for _, inactive := range [...]count{m.Stats.TotalInactiveFile, m.Stats.InactiveFile} {
+		if inactive.sent && inactive.n < m.Usage.n {
+			return counted(m.Usage.n - inactive.n)
 		}
 	}
 	return m.Usage
@@ -293,14 +319,19 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 }
 
 func (f *flattener) network(path string, n *network) {
-	f.add(path+".rx_bytes", n.RxBytes)
-	f.add(path+".rx_packets", n.RxPackets)
-	f.add(path+".rx_errors", n.RxErrors)
-	f.add(path+".rx_dropped", n.RxDropped)
-	f.add(path+".tx_bytes", n.TxBytes)
-	f.add(path+".tx_packets", n.TxPackets)
-	f.add(path+".tx_errors", n.TxErrors)
-	f.add(path+".tx_dropped", n.TxDropped)
+	for _, c := range [...]struct {
+		name string // with the usual path, so that it has not to be made
+		count
+	}{
+		{".network.rx_bytes", n.RxBytes}, {".network.rx_packets", n.RxPackets}, {".network.rx_errors", n.RxErrors}, {".network.rx_dropped", n.RxDropped},
+		{".network.tx_bytes", n.TxBytes}, {".network.tx_packets", n.TxPackets}, {".network.tx_errors", n.TxErrors}, {".network.tx_dropped", n.TxDropped},
+	} {
+		name := c.name
+		if path != ".network" {
+			name = path + strings.TrimPrefix(name, ".network")
+		}
+		f.add(name, c.count)
+	}
 }
 
 func (f *flattener) blkio(s *stats, perDevice bool) {
@@ -329,12 +360,12 @@ func (f *flattener) blkio(s *stats, perDevice bool) {
 
 type device struct{ major, minor uint64 }
 
-// sumOf adds up the entries of an operation, on one device or, with nil, on all. It is nil where
+// sumOf adds up the entries of an operation, on one device or, with nil, on all. It is not sent where
 // the engine sent no array, and 0 where that has no such entry: nothing was done yet. Total, Sync, Async and
 // Discard count again what read and write have, or none of it.
-func sumOf(entries []blkioEntry, op string, on *device) *uint64 {
+func sumOf(entries []blkioEntry, op string, on *device) count {
 	if entries == nil {
-		return nil
+		return count{}
 	}
 	var total uint64
 	for _, entry := range entries {
@@ -342,7 +373,7 @@ func sumOf(entries []blkioEntry, op string, on *device) *uint64 {
 			total += entry.Value
 		}
 	}
-	return &total
+	return counted(total)
 }
 
 // cpuSample is what is kept of a container's sample for the next one, to make a percentage of
@@ -357,15 +388,12 @@ type cpuSample struct {
 
 // cpuSample returns nil where the engine sent no CPU time.
 func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
-	if s.CPU.Usage.Total == nil {
+	if !s.CPU.Usage.Total.sent {
 		return nil
 	}
-	sample := &cpuSample{startedAt, *s.Read, *s.CPU.Usage.Total, 0, s.CPU.online()}
+	sample := &cpuSample{startedAt, *s.Read, s.CPU.Usage.Total.n, s.CPU.System.n, s.CPU.online()}
 	if from.windows {
 		sample.cpus = s.NumProcs
-	}
-	if s.CPU.System != nil {
-		sample.system = *s.CPU.System
 	}
 	return sample
 }
@@ -394,28 +422,18 @@ func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent floa
 	return percent, true
 }
 
-func sum(a, b *uint64) *uint64 {
-	if a == nil || b == nil {
-		return firstOf(a, b)
-	}
-	total := *a + *b
-	return &total
+func sum(a, b count) count {
+	return count{a.n + b.n, a.sent || b.sent}
 }
 
-func times100(a *uint64) *uint64 {
-	if a == nil {
-		return nil
-	}
-	product := *a * 100
-	return &product
-}
+func times100(c count) count { return count{c.n * 100, c.sent} }
 
-// firstOf returns the first of its arguments that is there.
-func firstOf(values ...*uint64) *uint64 {
-	for _, value := range values {
-		if value != nil {
-			return value
+// firstOf returns the first of its arguments that was sent.
+func firstOf(counts ...count) count {
+	for _, c := range counts {
+		if c.sent {
+			return c
 		}
 	}
-	return nil
+	return count{}
 }

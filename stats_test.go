@@ -12,6 +12,13 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
+// flattened returns the metrics of s, as those of c.
+func flattened(s *stats, from origin, per details) []metric {
+	var f flattener
+	s.flatten(&f, "c", from, per)
+	return f.metrics
+}
+
 func asLines(metrics []metric) string {
 	var lines []byte
 	for _, m := range metrics {
@@ -37,7 +44,7 @@ func TestGoldenMetrics(t *testing.T) {
 		var got string
 		switch stats, err := decodeStats(body); {
 		case err == nil:
-			got = asLines(stats.flatten("c", origin{windows: strings.Contains(file, "windows")}, details{true, true, true}).metrics)
+			got = asLines(flattened(stats, origin{windows: strings.Contains(file, "windows")}, details{true, true, true}))
 		case err != errStopped:
 			t.Errorf("%s: %v", file, err)
 		}
@@ -93,7 +100,7 @@ func TestAbsentIsNotZero(t *testing.T) {
 			t.Errorf("%s: %v", test.why, err)
 			continue
 		}
-		if got := asLines(stats.flatten("c", origin{}, details{}).metrics); got != test.want {
+		if got := asLines(flattened(stats, origin{}, details{})); got != test.want {
 			t.Errorf("%s: got\n%swant\n%s", test.why, got, test.want)
 		}
 	}
@@ -103,7 +110,7 @@ func TestAbsentIsNotZero(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := asLines(stats.flatten("c", origin{windows: true}, details{}).metrics), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
+	if got, want := asLines(flattened(stats, origin{windows: true}, details{})), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
 		t.Errorf("Windows: got\n%swant\n%s", got, want)
 	}
 }
@@ -172,21 +179,22 @@ func FuzzStats(f *testing.F) {
 			return
 		}
 		from := origin{windows: windows, podman: podman}
-		flat := stats.flatten("c", from, details{true, true, true})
+		flat := flattener{}
+		stats.flatten(&flat, "c", from, details{true, true, true})
 		now := stats.cpuSample(time.Time{}, from)
 		before := &cpuSample{read: stats.Read.Add(-time.Minute)}
 		if percent, ok := now.percentSince(before, from); ok {
 			flat.addDecimal(".cpu.percent", percent)
 		}
 		for _, m := range flat.metrics {
-			if !goodName.MatchString(m.name) || badEnd.MatchString(m.name) {
-				t.Errorf("the name %q", m.name)
+			if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+				t.Errorf("the name %q", m.name())
 			}
 			if v := m.value.append(nil); !goodValue.Match(v) {
-				t.Errorf("the value %s of %s", v, m.name)
+				t.Errorf("the value %s of %s", v, m.name())
 			}
 			if m.time < 0 {
-				t.Errorf("the time %d of %s", m.time, m.name)
+				t.Errorf("the time %d of %s", m.time, m.name())
 			}
 		}
 		if body := encode(flat.metrics); !json.Valid(body) {
