@@ -128,7 +128,7 @@ func TestFewOpenFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newStandIn(t)
-	address := replayCrowd(t, 5000, 100*time.Millisecond)
+	address := replayCrowd(t, 5000, 300*time.Millisecond)
 	out, err := exec.Command("sh", "-c", `ulimit -n 1024; exec "$0" "$@"`, binary, "--once", "--backstop="+s.URL+"/publish/docker", "--docker="+address).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("%v %.2000s", err, out)
