@@ -239,7 +239,7 @@ func parseOptions(args []string) (*options, error) {
 		}
 	}
 	if opts.spoolLimit, err = units.RAMInBytes(spoolLimit); err != nil {
-		return nil, fmt.Errorf("%s: %s is not a size; write one such as 256MiB or 1GiB", from("spool-limit"), shown(spoolLimit))
+		return nil, fmt.Errorf("%s: %s is not a size; write one such as 256MiB, 512M or 1GiB", from("spool-limit"), shown(spoolLimit))
 	}
 	if opts.spoolLimit < minSpool || opts.spoolLimit > maxSpool {
 		return nil, fmt.Errorf("%s: %s is not between 1MiB and 1PiB; write a size such as 256MiB", from("spool-limit"), shown(spoolLimit))

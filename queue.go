@@ -2,8 +2,6 @@ package main
 
 import (
 	"cmp"
-	"errors"
-	"io/fs"
 	"iter"
 	"log/slog"
 	"slices"
@@ -48,7 +46,11 @@ type queue struct {
 	changed  chan struct{} // holds one value where there is news for deliver
 	closed   chan struct{} // closed once nothing more is put in
 
-	largest int // metrics that a request may have, as far as deliver knows
+	// What deliver knows of Backstop
+	largest int    // metrics that a request may have
+	taken   int    // requests since that was learned, or tried
+	good    []byte // a request of one metric that was taken, nil while there is none
+	ordinal part   // 0, 1, 2 … as far as needed
 }
 
 // batch is what is kept as one: a sweep, or a part of a large one.
@@ -57,34 +59,48 @@ type batch struct {
 	packed  []byte // its body, where it is neither in a file nor sent at once
 	body    []byte // the same unpacked, nil where it had to wait
 	size    int64  // bytes where it is kept
-	metrics int
-	oldest  int64 // Unix seconds
-	tried   bool  // without success
+	count   int    // metrics in it
+	metrics int    // of them that are still to be delivered
+	oldest  int64  // Unix seconds
+	tried   bool   // without success
+	unread  int    // how often its file could not be read
+	setBack int    // how often others were let go first
 
-	// What became of it, where it had to be halved
-	parts    []part // that are still to be delivered
-	accepted int    // metrics of other parts
-	good     part   // the last of those
-	refusals int    // of parts
-	refused  []part // of one metric each
-	asked    bool   // whether those were asked for a second time
-	refusal  error  // of the last of them
+	// What became of its metrics, where some were refused
+	left     part  // what is to be posted still, nil: everything
+	refused  part  // what was refused, each on its own
+	refusal  error // of the last of those
+	asked    bool  // whether they were posted for the second time
+	accepted int   // how many were not
 }
 
 // outage is a time in which metrics have to wait.
 type outage struct {
-	troubled  bool     // whether there was trouble, or just a backlog at the start
-	failing   bool     // whether there still is
+	failing   bool     // whether there is trouble, still
+	over      string   // what to log when it is over
 	told      []string // what was logged of it
 	delivered int      // metrics since it began
 	oldest    int64    // of them, in Unix seconds
-	dropped   int      // metrics given up since it began
+	dropped   loss     // what was given up since it began
 }
 
 // loss is of metrics in a span of times, in Unix seconds.
 type loss struct {
 	metrics     int
 	from, until int64
+}
+
+// add adds metrics of a batch.
+func (l *loss) add(metrics int, oldest int64) {
+	if l.metrics == 0 {
+		l.from = oldest
+	}
+	l.metrics += metrics
+	l.until = oldest
+}
+
+func (l loss) attr() slog.Attr {
+	return slog.Group("given_up", "metrics", l.metrics, "from", inUTC(l.from), "until", inUTC(l.until))
 }
 
 // figures counts metrics.
@@ -103,7 +119,7 @@ func (q *queue) useSpool(s *spool) error {
 	defer q.mu.Unlock()
 	q.spool = s
 	err := q.openSpool()
-	if errors.Is(err, errSpoolTaken) || errors.Is(err, fs.ErrPermission) {
+	if isForGood(err) {
 		q.spool = nil
 		return err
 	}
@@ -129,7 +145,7 @@ func (q *queue) openSpool() error {
 	q.metrics += metrics
 	q.late = slices.Concat(found, q.late)
 	if q.outage == nil {
-		q.outage = &outage{}
+		q.outage = &outage{over: "metrics of the earlier run are delivered"}
 	}
 	q.log.Info("metrics of an earlier run wait in the spool", "metrics", metrics, "batches", len(found), "since", inUTC(found[0].oldest))
 	q.bound()
@@ -170,6 +186,7 @@ func (q *queue) put(metrics []metric) {
 func (q *queue) add(metrics []metric, soon bool) {
 	b := &batch{
 		body:    q.to.encode(metrics),
+		count:   len(metrics),
 		metrics: len(metrics),
 		oldest:  slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) }).time,
 	}
@@ -221,13 +238,9 @@ func (q *queue) bound() {
 		if oldest == nil {
 			return
 		}
-		if q.room.metrics == 0 {
-			q.room.from = oldest.oldest
-		}
-		q.room.metrics += oldest.metrics
-		q.room.until = oldest.oldest
+		q.room.add(oldest.metrics, oldest.oldest)
 		if q.outage != nil {
-			q.outage.dropped += oldest.metrics
+			q.outage.dropped.add(oldest.metrics, oldest.oldest)
 		}
 		q.figures.dropped += uint64(oldest.metrics)
 		q.leave(oldest)
@@ -287,27 +300,37 @@ func (q *queue) store() {
 	if q.spool == nil {
 		return
 	}
+	if q.spool.isOpen() {
+		if err := q.spool.check(); err != nil {
+			q.closeSpool(err)
+		}
+	}
 	var err error
+	works := false // whether there was anything to find out by
 	if !q.spool.isOpen() {
 		err = q.openSpool()
+		works = err == nil
 	}
 	if err == nil {
 		q.spool.tidy()
-		err = q.writeAll()
-	}
-	q.tellDisk(err)
-}
-
-// writeAll writes what is in memory to the disk. It is called with mu held.
-func (q *queue) writeAll() error {
-	for b := range q.all() {
-		if b.file == "" && b != q.inFlight {
-			if err := q.spool.write(b); err != nil {
-				return err
+		for b := range q.all() {
+			if b.file == "" && b != q.inFlight {
+				if err = q.spool.write(b); err != nil {
+					break
+				}
+				works = true
 			}
 		}
 	}
-	return nil
+	if err != nil || works {
+		q.tellDisk(err)
+	}
+}
+
+// closeSpool stops using the folder, because of err, until it can be opened again. It is called with mu held.
+func (q *queue) closeSpool(err error) {
+	q.spool.close()
+	q.tellDisk(err)
 }
 
 // tellDisk logs when the spool begins to work and when it ceases to. It is called with mu held.

@@ -213,7 +213,7 @@ func TestQueueFindsBadMetrics(t *testing.T) {
 		bad  []int
 		most int // requests
 	}{
-		{[]int{0}, 31}, {[]int{4999}, 31}, {[]int{1234, 1235}, 56}, {[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 72}, {[]int{5, 1000, 2000, 3000, 4000}, 122},
+		{[]int{0}, 32}, {[]int{4999}, 32}, {[]int{1234, 1235}, 56}, {[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 72}, {[]int{5, 1000, 2000, 3000, 4000}, 122},
 	} {
 		r := &receiver{fail: refusing(400, func(v int) bool { return slices.Contains(test.bad, v) })}
 		q, log := r.queue()
@@ -247,6 +247,45 @@ func TestQueueFindsBadMetrics(t *testing.T) {
 	}
 }
 
+// However many there are, and wherever, even if nothing else was taken before; a batch that has no other holds up none.
+func TestQueueFindsManyBadMetrics(t *testing.T) {
+	for name, bad := range map[string]func(value int) bool{
+		"every 40th":      func(v int) bool { return v%40 == 0 },
+		"every 100th":     func(v int) bool { return v%100 == 99 },
+		"the first 1,000": func(v int) bool { return v < 1000 },
+		"every other":     func(v int) bool { return v < 600 && v%2 == 0 },
+		"the first batch": func(v int) bool { return v < 5000 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{fail: refusing(400, bad)}
+			q, _ := r.queue()
+			q.put(points(0, 5000))
+			q.put(points(5000, 5))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(10 * time.Minute)
+			q.close()
+			count := 0
+			for v := range 5005 {
+				if bad(v) {
+					count++
+				}
+			}
+			if err := <-done; err == nil || err.Error() != fmt.Sprintf("%d metrics not delivered", count) {
+				t.Errorf("%s: error %v", name, err)
+			}
+			slices.Sort(r.got)
+			if got := slices.Compact(r.got); len(got) != 5005-count || slices.ContainsFunc(got, bad) {
+				t.Errorf("%s: %d arrived", name, len(got))
+			}
+			// Each costs the way to it through the halves, and the second time.
+			if r.tries > 50+count*18 {
+				t.Errorf("%s: %d requests", name, r.tries)
+			}
+		})
+	}
+}
+
 // Where every metric is refused, it is not the metrics: they are kept until that is mended.
 func TestQueueKeepsWhatIsRefusedAltogether(t *testing.T) {
 	for _, size := range []int{1, 5, 5000} {
@@ -264,7 +303,7 @@ func TestQueueKeepsWhatIsRefusedAltogether(t *testing.T) {
 			done := make(chan error)
 			go func() { done <- q.deliver(t.Context()) }()
 			time.Sleep(time.Minute - time.Second)
-			if tries, _ := r.sofar(); tries > min(2*size, maxRefusals) {
+			if tries, _ := r.sofar(); tries > maxRow+min(size, maxSamples) {
 				t.Errorf("%d metrics: %d requests within a minute", size, tries)
 			}
 			time.Sleep(3 * time.Minute)
@@ -307,6 +346,44 @@ func TestQueueKeepsWhatABreakdownRefuses(t *testing.T) {
 				if got := slices.Compact(r.got); len(got) != 19 || slices.Contains(got, 3) {
 					t.Errorf("from %d to %d: arrived %v", breaks, mended, got)
 				}
+				if r.tries > mended+30 {
+					t.Errorf("from %d to %d: %d requests", breaks, mended, r.tries)
+				}
+			})
+		}
+	}
+}
+
+// Once everything is refused, be it in the midst of a batch, there are few requests a minute, and all arrives in the end.
+func TestQueueDoesNotHammer(t *testing.T) {
+	for _, status := range []int{400, 413} {
+		for _, taken := range []int{0, 1, 2} {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{}
+				q, _ := r.queue()
+				begin := time.Now()
+				r.fail = func(try int, values []int) error {
+					if len(values) > 200 || try > 3+taken && time.Since(begin) < 10*time.Minute {
+						return &refusal{status: status}
+					}
+					return nil
+				}
+				q.put(points(0, 1000))
+				done := make(chan error)
+				go func() { done <- q.deliver(t.Context()) }()
+				time.Sleep(10*time.Minute - time.Second)
+				if tries, _ := r.sofar(); tries > 10*(10+maxRow+maxSamples) {
+					t.Errorf("%d, %d taken: %d requests in 10 minutes", status, taken, tries)
+				}
+				time.Sleep(time.Hour)
+				q.close()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				slices.Sort(r.got)
+				if got := slices.Compact(r.got); len(got) != 1000 {
+					t.Errorf("%d, %d taken: %d arrived", status, taken, len(got))
+				}
 			})
 		}
 	}
@@ -329,11 +406,144 @@ func TestQueueLearnsHowMuchIsTaken(t *testing.T) {
 		t.Error(err)
 	}
 	r.inOrder(t, 0, 10_600)
-	if got := fmt.Sprint(r.sizes); got != "[1250 1250 1250 1250 1250 1250 1250 1250 600]" || r.tries != 9+3 {
+	if got := fmt.Sprint(r.sizes); got != "[1250 1250 1250 1250 1250 1250 1250 1250 600]" || r.tries != 9+2 {
 		t.Errorf("requests of %s, %d in all", got, r.tries)
 	}
 	if got := log.take(); got != "" {
 		t.Errorf("logged %s", got)
+	}
+}
+
+// However small the requests have to be.
+func TestQueueFindsAnyLimit(t *testing.T) {
+	for _, limit := range []int{1, 2, 39, 77, 4999} {
+		r := &receiver{fail: func(_ int, values []int) error {
+			if len(values) > limit {
+				return &refusal{status: 413}
+			}
+			return nil
+		}}
+		q, log := r.queue()
+		q.put(points(0, 5000))
+		q.close()
+		if err := q.deliver(t.Context()); err != nil {
+			t.Error(err)
+		}
+		r.inOrder(t, 0, 5000)
+		if most := 13 + 2*5000/limit; r.tries > most+most/growAfter {
+			t.Errorf("a limit of %d: %d requests", limit, r.tries)
+		}
+		if got := log.take(); got != "" {
+			t.Errorf("logged %s", got)
+		}
+	}
+}
+
+// A limit that was there for a moment does not make requests small for ever.
+func TestQueueForgetsALimit(t *testing.T) {
+	r := &receiver{fail: func(try int, values []int) error {
+		if try <= 12 {
+			return &refusal{status: 413}
+		}
+		return nil
+	}}
+	q, _ := r.queue()
+	const batches, size = 130, 300
+	for i := range batches {
+		q.put(points(i*size, size))
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	values := slices.Sorted(slices.Values(r.got))
+	if len(slices.Compact(values)) != batches*size {
+		t.Errorf("%d arrived", len(values))
+	}
+	if last := r.sizes[len(r.sizes)-1]; last != size || r.tries > 9*growAfter+batches+12 {
+		t.Errorf("the last of %d requests was of %d", r.tries, last)
+	}
+}
+
+// What has arrived of a batch before it is given up is not counted as given up, nor kept.
+func TestQueueCountsWhatArrived(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(try int, values []int) error {
+			if len(values) > 1000 {
+				return &refusal{status: 413}
+			}
+			if try > 4 {
+				return errors.New("connection refused")
+			}
+			return nil
+		}}
+		q, log := r.queue()
+		q.put(points(0, 4000)) // of which 500 arrive, and 500
+		go q.deliver(t.Context())
+		synctest.Wait()
+		_, got := r.sofar()
+		if len(got) == 0 || len(got) == 4000 || q.metrics != 4000-len(got) {
+			t.Errorf("%d arrived, %d are left", len(got), q.metrics)
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf("sent %d, ", len(got)); !strings.HasPrefix(figures, want) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.mu.Lock()
+		q.limit = 0
+		q.bound()
+		q.tellRoom(time.Now())
+		q.mu.Unlock()
+		if lines, want := log.take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(lines, want) {
+			t.Errorf("logged\n%swant %s", lines, want)
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf(" dropped %d", 4000-len(got)); !strings.HasSuffix(figures, want) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.close()
+		synctest.Wait()
+	})
+}
+
+// What was given up is told with its times even if the outage is over before the next line about it was due.
+func TestQueueTellsAllThatWasGivenUp(t *testing.T) {
+	for _, ends := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			down := true
+			r := &receiver{}
+			r.fail = func(int, []int) error {
+				if down {
+					return errors.New("connection refused")
+				}
+				return nil
+			}
+			q, log := r.queue()
+			q.limit = 3000
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			r.put(q, 0, 1)
+			synctest.Wait()
+			r.put(q, 1, 20) // one line is due, at the first that is given up
+			log.take()
+			r.put(q, 21, 5)
+			lost := 2600 - q.metrics
+			if !ends {
+				r.mu.Lock()
+				down = false
+				r.mu.Unlock()
+				time.Sleep(2 * time.Second)
+			}
+			q.close()
+			<-done
+			lines := log.take()
+			m := regexp.MustCompile(`given_up\.metrics=(\d+) given_up\.from=(\S+) given_up\.until=(\S+)`).FindStringSubmatch(lines)
+			if m == nil {
+				t.Fatalf("logged\n%s", lines)
+			}
+			until := inUTC(points(1_000_000+lost-100, 1)[0].time)
+			if ends && (m[1] != fmt.Sprint(lost-100) || m[3] != until) || !ends && (m[1] != fmt.Sprint(lost) || m[2] != inUTC(points(1_000_000, 1)[0].time) || m[3] != until) {
+				t.Errorf("ends %v, %d lost until %s: logged\n%s", ends, lost, until, lines)
+			}
+		})
 	}
 }
 

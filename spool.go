@@ -59,15 +59,15 @@ const (
 )
 
 var (
-	spoolName = regexp.MustCompile(`^(\d{8}T\d{6}Z)-(\d{10,19})-(\d{1,9})\.json\.gz(\.bad)?$`)
+	spoolName = regexp.MustCompile(`^(\d{8}T\d{6}Z)-(\d{10,18})-(\d{1,9})\.json\.gz(\.bad)?$`)
 	// unfinishedName is what renameio calls a file that it has not renamed yet.
-	unfinishedName = regexp.MustCompile(`^\.\d{8}T\d{6}Z-\d{10,19}-\d{1,9}\.json\.gz\d+$`)
+	unfinishedName = regexp.MustCompile(`^\.\d{8}T\d{6}Z-\d{10,18}-\d{1,9}\.json\.gz\d+$`)
 )
 
 const spoolTime = "20060102T150405Z"
 
 // spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not there
-// yet. Whoever may write to it could make up metrics, or take them away.
+// yet. Whoever may write to it could make up metrics, or take them away, or lead us to write elsewhere.
 func spoolTrouble(dir string) string {
 	info, err := os.Stat(dir)
 	switch {
@@ -75,25 +75,43 @@ func spoolTrouble(dir string) string {
 		return "not a folder"
 	case err != nil:
 		return ""
+	case !isOwn(info):
+		return "this folder belongs to another user: name one of its own, or chown it"
 	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
 		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): name one of its own, or chmod go-w it", info.Mode().Perm())
+	}
+	if info, err := os.Lstat(filepath.Join(dir, lockName)); err == nil && !info.Mode().IsRegular() {
+		return fmt.Sprintf("%q in this folder is not a file of ours: name a folder of its own", lockName)
 	}
 	return ""
 }
 
-// errSpoolTaken is the trouble with a folder that another daemon uses.
-var errSpoolTaken = errors.New("another docker-stats-to-backstop uses this folder")
+var (
+	// errSpoolTaken is the trouble with a folder that another daemon uses.
+	errSpoolTaken = errors.New("another docker-stats-to-backstop uses this folder")
+	// errSpoolUnfit is what spoolTrouble says of a folder.
+	errSpoolUnfit = errors.New("not fit for a spool")
+)
+
+// isForGood tells whether err, from open, is for the operator to mend, and does not pass.
+func isForGood(err error) bool {
+	for _, lasting := range []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist, syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG} {
+		if errors.Is(err, lasting) {
+			return true
+		}
+	}
+	return false
+}
 
 // open makes the folder ours and returns the batches in it, oldest first, but those that are known already. It is
-// called again until it succeeds. The error is errSpoolTaken, a wrong mode, or what the system says.
+// called again until it succeeds. The error is errSpoolTaken, errSpoolUnfit, or what the system says.
 func (s *spool) open(known map[string]bool) ([]*batch, error) {
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+	if err := makeFolder(s.dir); err != nil {
 		return nil, err
 	}
 	if trouble := spoolTrouble(s.dir); trouble != "" {
-		return nil, fmt.Errorf("%s: %s", s.dir, trouble)
+		return nil, fmt.Errorf("%w: %s: %s", errSpoolUnfit, s.dir, trouble)
 	}
-	_ = syncFolder(filepath.Dir(s.dir)) // it may be new, and its parent not ours to open
 	path := filepath.Join(s.dir, lockName)
 	lock := flock.New(path, flock.SetPermissions(0o600))
 	locked, err := lock.TryLock()
@@ -151,7 +169,7 @@ func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
 			s.setAside(file{name, size}, metrics, errors.New("not a file of ours"))
 			continue
 		}
-		batches = append(batches, &batch{file: name, size: size, metrics: metrics, oldest: at.Unix()})
+		batches = append(batches, &batch{file: name, size: size, count: metrics, metrics: metrics, oldest: at.Unix()})
 	}
 	if len(foreign) > 0 && !s.foreign {
 		s.foreign = true
@@ -161,7 +179,36 @@ func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
 	return batches
 }
 
+// makeFolder makes the folder dir and those above it, private and durable.
+func makeFolder(dir string) error {
+	if _, err := os.Stat(dir); err == nil {
+		return nil
+	}
+	if parent := filepath.Dir(dir); parent != dir {
+		if err := makeFolder(parent); err != nil {
+			return err
+		}
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	_ = syncFolder(filepath.Dir(dir)) // that may not be ours to open
+	return nil
+}
+
 func (s *spool) isOpen() bool { return s.lock != nil }
+
+// check tells whether the folder is there still, and still ours. Else the error says why.
+func (s *spool) check() error {
+	there, err := os.Lstat(filepath.Join(s.dir, lockName))
+	if err != nil {
+		return err
+	}
+	if ours, err := s.lock.Stat(); err != nil || !os.SameFile(there, ours) {
+		return errors.New("somebody has replaced the folder, or the file " + lockName + " in it")
+	}
+	return nil
+}
 
 // close lets others have the folder.
 func (s *spool) close() {
@@ -173,12 +220,17 @@ func (s *spool) close() {
 
 // write puts b into a file and into safety: after it, b outlives a loss of power.
 func (s *spool) write(b *batch) error {
-	s.counter++
-	name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(b.oldest, 0).UTC().Format(spoolTime), s.counter, b.metrics)
+	var name string
+	for {
+		s.counter++
+		name = fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(b.oldest, 0).UTC().Format(spoolTime), s.counter, b.count)
+		if _, err := os.Lstat(filepath.Join(s.dir, name)); errors.Is(err, fs.ErrNotExist) {
+			break
+		} else if err != nil {
+			return err
+		} // one that is there is not ours to replace
+	}
 	if err := writeDurably(s.dir, name, b.packed); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			s.close() // the folder is gone, and with it the lock: another one has to be made
-		}
 		s.remove(file{name, onDisk(int64(len(b.packed)))}) // it may be there, though not in safety
 		return err
 	}
@@ -186,35 +238,41 @@ func (s *spool) write(b *batch) error {
 	return nil
 }
 
-// read returns what is in a file. The error is fs.ErrNotExist, what the system says, or that it is not
-// what write wrote.
-func (s *spool) read(name string) (part, error) {
+// spoiltError says that a file is not what write wrote.
+type spoiltError struct{ error }
+
+// read returns what is in a file. The error is a spoiltError, or what the system says.
+func (s *spool) read(name string) (*content, error) {
 	path := filepath.Join(s.dir, name)
 	info, err := os.Lstat(path)
 	switch {
 	case err != nil:
-		return part{}, err
+		return nil, err
 	case !info.Mode().IsRegular() || info.Size() > maxBody:
-		return part{}, errors.New("not a file of ours")
+		return nil, &spoiltError{errors.New("not a file of ours")}
 	}
 	packed, err := os.ReadFile(path)
 	if err != nil {
-		return part{}, err
+		return nil, err
 	}
 	body, err := unpack(packed)
 	if err != nil {
-		return part{}, err
+		return nil, &spoiltError{err}
 	}
 	metrics, err := decode(body)
 	if err != nil {
-		return part{}, err
+		return nil, &spoiltError{err}
 	}
-	return part{encode(metrics), len(metrics)}, nil
+	return &content{body: encode(metrics), count: len(metrics)}, nil
 }
 
 // remove removes a file, now or, where that fails, at some tidy.
 func (s *spool) remove(f file) {
-	if err := os.Remove(filepath.Join(s.dir, f.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	path := filepath.Join(s.dir, f.name)
+	if err := os.Remove(path); err == nil || errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) { // a read-only disk refuses to remove what it does not have
 		s.litter = append(s.litter, f)
 	}
 }

@@ -115,6 +115,9 @@ func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
 	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "read-only file system") {
 		t.Errorf("logged %s", got)
 	}
+	if n := len(q.spool.litter); n > 0 {
+		t.Errorf("%d files are to be removed that were never there", n)
+	}
 	try(t, q) // and its file cannot be removed
 	try(t, q)
 	if n := len(files(t, dir)); n != 3 {
@@ -132,6 +135,64 @@ func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
 	r.inOrder(t, 0, 7)
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
+	}
+}
+
+// It is not said to work again as long as nobody knows.
+func TestSpoolIsNotPraisedUntried(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	q, log := (&receiver{}).spooled(t, dir)
+	remount(t, dir, syscall.MS_RDONLY)
+	q.put(points(0, 1))
+	deliverAll(t, q)
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) {
+		t.Errorf("logged %s", got)
+	}
+}
+
+// Whoever owns the folder could lead us to write elsewhere.
+func TestSpoolIsItsUsersOwn(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chown(dir, os.Geteuid()+1, -1); err != nil {
+		cannot(t, "a folder of another user's needs root: %v", err)
+	}
+	q, _ := (&receiver{}).queue()
+	if err := q.useSpool(&spool{dir: dir, log: q.log}); err == nil || !strings.Contains(err.Error(), "this folder belongs to another user") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// What can never be a spool is refused at once.
+func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
+	in := t.TempDir()
+	victim := filepath.Join(in, "victim")
+	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, create := range map[string]func(dir string) error{
+		"a dangling symlink": func(dir string) error { return os.Symlink("nowhere", dir) },
+		"a loop":             func(dir string) error { return os.Symlink(filepath.Base(dir), dir) },
+		"a lock that is a pipe": func(dir string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), syscall.Mkfifo(filepath.Join(dir, lockName), 0o600))
+		},
+		"a lock that is a symlink": func(dir string) error {
+			return errors.Join(os.Mkdir(dir, 0o700), os.Symlink(victim, filepath.Join(dir, lockName)))
+		},
+		"a folder anybody may write to": func(dir string) error { return errors.Join(os.Mkdir(dir, 0o700), os.Chmod(dir, 0o777)) },
+		strings.Repeat("long", 100):     func(string) error { return nil },
+	} {
+		dir := filepath.Join(in, name)
+		if err := create(dir); err != nil {
+			t.Fatal(err)
+		}
+		q, _ := (&receiver{}).queue()
+		if err := q.useSpool(&spool{dir: dir, log: q.log}); err == nil {
+			t.Errorf("%.80s: no error", name)
+			q.spool.close()
+		}
+	}
+	if got, err := os.ReadFile(victim); err != nil || string(got) != "precious" {
+		t.Errorf("the victim holds %q, %v", got, err)
 	}
 }
 

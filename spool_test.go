@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -268,6 +269,155 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 	}
 	if got := log.take(); strings.Count(got, `level=ERROR msg="a file has gone from the spool, and its metrics with it" `) != 1 {
 		t.Errorf("logged\n%s", got)
+	}
+}
+
+// A folder that cannot be read for a while costs nothing: what is in it waits, what is in memory does not.
+func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
+	dir := newDir(t)
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	q.failed(q.send(t.Context(), q.next()))
+	log.take()
+	// Whatever is done with it fails from here on.
+	away := dir + " away"
+	if err := os.Rename(dir, away); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Base(dir), dir); err != nil {
+		t.Fatal(err)
+	}
+	down = false
+	if err := q.send(t.Context(), q.next()); err != nil {
+		t.Errorf("%v: something else may be sent", err)
+	}
+	if b := q.turn(); b != nil {
+		t.Errorf("%s cannot be read", b.file)
+	}
+	q.put(points(3, 1))
+	if err := q.send(t.Context(), q.next()); err != nil {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{3}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="the spool cannot be used; metrics are kept in memory until it can" error=`) {
+		t.Errorf("logged\n%s", got)
+	}
+	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
+		t.Fatal(err)
+	}
+	q.put(points(4, 1))
+	deliverAll(t, q)
+	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if got := log.take(); !strings.Contains(got, `msg="the spool can be used again"`) || strings.Contains(got, "ERROR") {
+		t.Errorf("logged\n%s", got)
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// One file that cannot be read, as on a bad block, lets the others go first, and is set aside in the end.
+func TestSpoolSurvivesAnUnreadableFile(t *testing.T) {
+	dir := newDir(t)
+	q, log := (&receiver{}).spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	unreadable := q.next()
+	trouble := &fs.PathError{Op: "read", Path: filepath.Join(dir, unreadable.file), Err: syscall.EIO}
+	for range maxUnread - 1 {
+		err := q.unread(unreadable, trouble)
+		if err == nil {
+			t.Fatal("given up too soon")
+		}
+		q.failed(err)
+		if q.next() == unreadable {
+			t.Error("the others do not go first")
+		}
+	}
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `level=ERROR msg="a spooled file cannot be read, and is tried again" file=`+unreadable.file+" error=") {
+		t.Errorf("logged\n%s", got)
+	}
+	name := unreadable.file
+	for range 10 * maxUnread { // that is no fault of the file
+		if q.unread(unreadable, &fs.PathError{Op: "open", Path: trouble.Path, Err: syscall.EMFILE}) == nil {
+			t.Fatal("given up for want of descriptors")
+		}
+	}
+	if err := q.unread(unreadable, trouble); err != nil {
+		t.Error(err)
+	}
+	if got := files(t, dir); len(got) != 3 || got[0] != name+badSuffix {
+		t.Errorf("files %q", got)
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
+		t.Error(err)
+	}
+	if got := log.take(); !strings.Contains(got, "it is set aside") || !strings.Contains(got, `msg="the spool can be read again, metrics that were kept are delivered" metrics=2 `) {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// Two daemons on one folder are noticed, even if somebody has removed the lock, or the folder; and none takes a file of the other.
+func TestSpoolNoticesAnotherDaemon(t *testing.T) {
+	for _, remove := range []string{lockName, "."} {
+		dir := newDir(t)
+		one := &receiver{}
+		first, log := one.spooled(t, dir)
+		first.put(points(0, 1))
+		first.next() // it is under way, in memory
+		if err := os.RemoveAll(filepath.Join(dir, remove)); err != nil {
+			t.Fatal(err)
+		}
+		other := &receiver{}
+		second, _ := other.spooled(t, dir)
+		second.put(points(100, 1))
+		before := files(t, dir)
+		for i := range 3 {
+			first.put(points(1+i, 1))
+		}
+		if after := files(t, dir); !slices.Equal(after, before) {
+			t.Errorf("files %q, before %q", after, before)
+		}
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="the spool cannot be used; metrics are kept in memory until it can" error="`) {
+			t.Errorf("logged\n%s", got)
+		}
+		deliverAll(t, second)
+		deliverAll(t, first)
+		if slices.Sort(one.got); !slices.Equal(one.got, []int{0, 1, 2, 3}) || !slices.Contains(other.got, 100) {
+			t.Errorf("arrived %v and %v", one.got, other.got)
+		}
+	}
+}
+
+// A file that is there is not replaced, whoever made it.
+func TestSpoolReplacesNoFile(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	theirs := filepath.Join(dir, "20261123T045440Z-0000000001-1.json.gz")
+	if err := os.WriteFile(theirs, []byte("theirs"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	q.put(points(0, 1))
+	if got, err := os.ReadFile(theirs); err != nil || string(got) != "theirs" {
+		t.Errorf("it holds %q, %v", got, err)
+	}
+	if n := len(files(t, dir)); n != 2 {
+		t.Errorf("%d files", n)
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -23,3 +24,6 @@ func writeDurably(dir, name string, data []byte) error {
 
 // syncFolder does nothing: Windows has no way to do it.
 func syncFolder(string) error { return nil }
+
+// isOwn is left to Windows: what a user may write there, others may not by default.
+func isOwn(fs.FileInfo) bool { return true }
