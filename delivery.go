@@ -263,8 +263,10 @@ func (q *queue) unread(b *batch, err error) error {
 			q.inFlight = nil
 			return nil
 		}
-		if !errors.Is(err, fs.ErrNotExist) && (isOurs(err) || b.unread < maxUnread-1) {
+		if !errors.Is(err, fs.ErrNotExist) && !isOurs(err) {
 			b.unread++
+		}
+		if isOurs(err) || 0 < b.unread && b.unread < maxUnread {
 			b.setBack++
 			return &unreadError{b.file, err}
 		}

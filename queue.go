@@ -329,8 +329,10 @@ func (q *queue) store() {
 
 // closeSpool stops using the folder, because of err, until it can be opened again. It is called with mu held.
 func (q *queue) closeSpool(err error) {
-	q.spool.close()
-	q.tellDisk(err)
+	if q.spool.isOpen() {
+		q.spool.close()
+		q.tellDisk(err)
+	}
 }
 
 // tellDisk logs when the spool begins to work and when it ceases to. It is called with mu held.

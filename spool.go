@@ -198,8 +198,11 @@ func makeFolder(dir string) error {
 
 func (s *spool) isOpen() bool { return s.lock != nil }
 
-// check tells whether the folder is there still, and still ours. Else the error says why.
+// check tells whether the folder is open, is there still, and still ours. Else the error says why.
 func (s *spool) check() error {
+	if !s.isOpen() {
+		return errors.New("closed")
+	}
 	there, err := os.Lstat(filepath.Join(s.dir, lockName))
 	if err != nil {
 		return err
