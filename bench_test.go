@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -93,6 +94,9 @@ func BenchmarkSweep(b *testing.B) {
 // floor is a command of its own, so that its costs can be told from all others: it asks the engine for what a sweep
 // asks, at each tick, and writes how long that took, in ns.
 func floor() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(1) // as main does, and for its reason
+	}
 	address := flag.String("docker", "", "")
 	poll := flag.Duration("poll", time.Second, "")
 	var f flow

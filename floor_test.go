@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"fmt"
 	"net/http"
 	"os"
@@ -163,7 +164,7 @@ func BenchmarkAgainstTheFloor(b *testing.B) {
 			var address string
 			var engine []int
 			if size.real {
-				e := connect(b, "unix:///var/run/docker.sock")
+				e := connect(b, cmp.Or(os.Getenv("DOCKER_HOST"), "unix:///var/run/docker.sock"))
 				e.crowd(b, size.n)
 				address, engine = e.address, engineProcesses()
 			} else {
