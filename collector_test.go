@@ -248,6 +248,7 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		"is an array":     {answerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
 		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
 		"fails":           {answerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
+		"has time 0":      {answerWith(200, `{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`, 1},
 		"stopped":         {answerWith(200, `{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
 		"stopped, Podman": {answerWith(200, ``), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
 		"was removed":     {answerWith(404, `{}`), `level=INFO msg="container is gone" container=fx-two reason="No such container: dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},

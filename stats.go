@@ -154,7 +154,7 @@ func decodeStats(body []byte) (*stats, error) {
 		return nil, rubbish{errors.New("its stats answer has no time of reading")}
 	case s.Read.IsZero():
 		return nil, errStopped
-	case s.Read.Unix() < 0:
+	case s.Read.Unix() <= 0:
 		return nil, rubbish{fmt.Errorf("its stats answer is of %s", s.Read)}
 	}
 	return &s, nil
