@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
-	"net/http"
 	"slices"
 	"strings"
 	"time"
@@ -15,12 +14,6 @@ import (
 )
 
 const (
-	// maxRow is how many requests are refused in a row until it is asked whether Backstop takes anything at all.
-	maxRow = 8
-	// maxSamples is how many metrics are asked with for that, where none is known that it took.
-	maxSamples = 16
-	// growAfter is how many requests are taken until larger ones are tried again.
-	growAfter = 64
 	// maxUnread is how often it is tried to read a file.
 	maxUnread = 3
 	// maxTold is how many different troubles of one outage are logged.
@@ -41,44 +34,6 @@ type pace struct {
 }
 
 var usualPace = pace{time.Second, time.Minute, time.Minute}
-
-// part is what goes into one request: the places of its metrics in their batch, in order.
-type part []int
-
-// split cuts p into parts of up to size metrics each.
-func (p part) split(size int) []part { return slices.Collect(slices.Chunk(p, size)) }
-
-// places returns the part that is all of n metrics. It is not to be changed.
-func (q *queue) places(n int) part {
-	for len(q.ordinal) < n {
-		q.ordinal = append(q.ordinal, len(q.ordinal))
-	}
-	return q.ordinal[:n:n]
-}
-
-// content is what a batch holds.
-type content struct {
-	body    []byte
-	count   int      // of its metrics
-	metrics []metric // nil until they are wanted one by one
-}
-
-// encoded returns the body of a request with part p of what is in c.
-func (c *content) encoded(p part, encode func([]metric) []byte) (body []byte, err error) {
-	if len(p) == c.count {
-		return c.body, nil
-	}
-	if c.metrics == nil {
-		if c.metrics, err = decode(c.body); err != nil {
-			return nil, err
-		}
-	}
-	some := make([]metric, len(p))
-	for i, place := range p {
-		some[i] = c.metrics[place]
-	}
-	return encode(some), nil
-}
 
 // close lets deliver end.
 func (q *queue) close() { close(q.closed) }
@@ -125,76 +80,114 @@ func (q *queue) next() *batch {
 	for {
 		closed := q.isClosed() // asked first: whatever was put before is seen below
 		q.mu.Lock()
-		q.inFlight = q.turn()
+		if closed && !q.ending {
+			q.ending = true
+			for b := range q.all() {
+				b.rests = time.Time{} // there is no later
+			}
+		}
+		b, wait := q.turn()
+		q.inFlight = b
 		if len(q.fresh)+len(q.late) == 0 {
 			q.fresh, q.late = nil, nil // lets go of the room that a backlog took
 			if q.rest != nil {
 				q.rest()
 			}
 		}
-		b := q.inFlight
 		q.mu.Unlock()
 		if b != nil || closed {
 			return b
 		}
+		var rested <-chan time.Time
+		if wait > 0 {
+			rested = time.After(wait)
+		}
 		select {
 		case <-q.changed:
 		case <-q.closed:
+		case <-rested:
 		}
 	}
 }
 
-// turn returns the first batch that can be read, but for those that were set back; nil if there is none. It is called
-// with mu held.
-func (q *queue) turn() *batch {
+// turn returns the first batch that can be read and does not rest, but for those that were set back. Where there is none, b is nil, and
+// wait is how long it takes until one is rested, 0 if none rests. It is called with mu held.
+func (q *queue) turn() (b *batch, wait time.Duration) {
+	now := time.Now()
 	for _, list := range [][]*batch{q.fresh, q.late} {
 		var first *batch
 		for _, b := range list {
-			if b.body == nil && b.file != "" && !q.spool.isOpen() || first != nil && b.setBack >= first.setBack {
+			if b.body == nil && b.file != "" && !q.spool.isOpen() {
 				continue
 			}
-			if first = b; b.setBack == 0 {
+			if rest := b.rests.Sub(now); rest > 0 {
+				if wait == 0 || rest < wait {
+					wait = rest
+				}
+				continue
+			}
+			if first == nil || b.setBack < first.setBack {
+				first = b
+			}
+			if b.setBack == 0 {
 				break
 			}
 		}
 		if first != nil {
-			return first
+			return first, 0
 		}
 	}
-	return nil
+	return nil, wait
 }
 
-// send delivers the batch in flight, or what is left of it, and takes it off the queue. On an error it stays.
+// letRest lets others go before b for so long.
+func (q *queue) letRest(b *batch, d time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	b.rests = time.Now().Add(d)
+}
+
+// send delivers the batch in flight, or what is left of it, and takes it off the queue. Where it has to be tried again,
+// it stays: after a rest of its own, while others are delivered, or, on an error, after a pause for all.
 //
 // What is refused because something in it is bad is halved, and its first half tried next, until the bad metrics are alone.
 func (q *queue) send(ctx context.Context, b *batch) error {
 	start := time.Now()
-	c, err := q.load(b)
+	c := q.load(b)
 	if c == nil {
-		return err
+		return nil
 	}
-	parts := b.left.split(q.largest)
-	if b.left == nil {
-		parts = q.places(c.count).split(q.largest)
+	if b.rounds > 0 && len(b.refused) == 0 { // a round begins
+		if steady, err := q.isSteady(ctx, b, c); err != nil || !steady {
+			b.startAgain(c)
+			q.letRest(b, q.pace.mend)
+			return err
+		}
 	}
+	parts := q.parts(b)
 	for row := 0; ; {
 		if len(parts) == 0 {
-			if parts, err = q.reconsider(ctx, b, c); err != nil {
+			over, err := q.settle(ctx, b, c)
+			switch {
+			case err != nil:
 				return err
-			}
-			if len(parts) == 0 {
+			case over:
 				q.delivered(b, c, time.Since(start))
 				return nil
+			case !q.isClosed():
+				q.letRest(b, q.pace.mend)
+				return nil
 			}
+			parts = q.parts(b)
 		}
 		p := parts[0]
 		body, err := c.encoded(p, q.to.encode)
 		if err != nil {
-			return err
+			q.unread(b, err)
+			return nil
 		}
 		err = q.to.post(ctx, body)
 		q.count(b, len(p), err)
-		var r *refusal
 		switch {
 		case err == nil:
 			row = 0
@@ -204,17 +197,19 @@ func (q *queue) send(ctx context.Context, b *batch) error {
 				parts = part(slices.Concat(parts...)).split(q.largest)
 			}
 			continue
-		case !errors.As(err, &r) || r.remedy() != halveIt:
+		case !isToHalve(err):
 			b.keep(parts, c)
 			return err
 		case len(p) == 1:
 			parts = parts[1:]
 			b.refused = append(b.refused, p[0])
-			b.refusal = r
-		case r.status == http.StatusRequestEntityTooLarge:
+			b.refusal = err
+		case isTooLarge(err):
 			q.largest, q.taken = len(p)/2, 0
 			parts = part(slices.Concat(parts...)).split(q.largest)
 			continue
+		case b.rounds > 0: // most of these are bad
+			parts = slices.Replace(parts, 0, 1, p.split(1)...)
 		default:
 			parts = slices.Replace(parts, 0, 1, p.split((len(p)+1)/2)...)
 		}
@@ -225,148 +220,75 @@ func (q *queue) send(ctx context.Context, b *batch) error {
 				return err
 			}
 		}
+		if wait := q.refusedOnce(); wait > 0 && !q.isClosed() {
+			b.keep(parts, c)
+			q.letRest(b, wait)
+			return nil
+		}
 	}
 }
 
-// load returns what is in b, or nil, if that cannot be had: without an error if something was done about it.
-func (q *queue) load(b *batch) (*content, error) {
-	c := &content{body: b.body, count: b.count}
-	var err error
-	switch {
-	case b.body != nil:
-	case b.file != "":
-		if c, err = q.spool.read(b.file); err != nil {
-			return nil, q.unread(b, err)
-		}
-	default:
-		if c.body, err = unpack(b.packed); err != nil {
-			return nil, err
-		}
+// load returns what is in b, or nil, if that cannot be had, and something was done about it.
+func (q *queue) load(b *batch) *content {
+	c, err := q.open(b)
+	if err != nil {
+		q.unread(b, err)
+		return nil
 	}
 	if c.count != b.count { // the name of its file is wrong
 		q.mu.Lock()
+		defer q.mu.Unlock()
 		q.metrics += c.count - b.metrics
 		b.metrics, b.count, b.left, b.refused = c.count, c.count, nil, nil
-		q.mu.Unlock()
 	}
-	return c, nil
+	return c
 }
 
-// unread does what there is to do about b, whose file cannot be read. It returns an error if it should be tried again.
-func (q *queue) unread(b *batch, err error) error {
+// open returns what is in b.
+func (q *queue) open(b *batch) (*content, error) {
+	switch {
+	case b.body != nil:
+		return &content{body: b.body, count: b.count}, nil
+	case b.file != "":
+		return q.spool.read(b.file)
+	}
+	body, err := unpack(b.packed)
+	return &content{body: body, count: b.count}, err
+}
+
+// unread does what there is to do about b, which cannot be read.
+func (q *queue) unread(b *batch, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	var spoilt *spoiltError
-	if !errors.As(err, &spoilt) {
-		if trouble := q.spool.check(); trouble != nil { // it is not this file's, and may pass
+	if b.file != "" && !errors.As(err, &spoilt) {
+		trouble := q.spool.check()
+		if trouble == nil && isOurs(err) {
+			trouble = err
+		}
+		if trouble != nil { // it is not this file's, and may pass
 			q.closeSpool(trouble)
-			q.inFlight = nil
-			return nil
+			return
 		}
-		if !errors.Is(err, fs.ErrNotExist) && !isOurs(err) {
-			b.unread++
-		}
-		if isOurs(err) || 0 < b.unread && b.unread < maxUnread {
-			b.setBack++
-			return &unreadError{b.file, err}
+		if !errors.Is(err, fs.ErrNotExist) {
+			if b.unread++; b.unread < maxUnread {
+				b.rests = time.Now().Add(q.pace.mend)
+				return
+			}
 		}
 	}
-	if errors.Is(err, fs.ErrNotExist) {
-		if o := q.outage; o == nil || o.isNews("gone") {
-			q.log.Error("a file has gone from the spool, and its metrics with it", "file", b.file, "metrics", b.metrics)
-		}
-	} else {
+	switch o := q.outage; {
+	case b.file == "":
+		q.log.Error("metrics in memory cannot be read; they are given up", "metrics", b.metrics, "error", errorText(err))
+	case !errors.Is(err, fs.ErrNotExist):
 		q.spool.setAside(file{b.file, b.size}, b.metrics, err)
+	case o == nil || o.isNews("gone"):
+		q.log.Error("a file has gone from the spool, and its metrics with it", "file", b.file, "metrics", b.metrics)
 	}
 	b.file = ""
 	q.figures.dropped += uint64(b.metrics)
 	q.lost += b.metrics
 	q.done(b)
-	return nil
-}
-
-// unreadError says that a file of the spool could not be read this time.
-type unreadError struct {
-	file string
-	err  error
-}
-
-func (e *unreadError) Error() string { return e.err.Error() }
-
-// keep remembers that parts are what is left to be delivered of c.
-func (b *batch) keep(parts []part, c *content) {
-	b.left = append(part{}, slices.Concat(parts...)...)
-	if len(b.left) == c.count {
-		b.left = nil
-	}
-}
-
-// startAgain makes what was refused so far as good as the rest.
-func (b *batch) startAgain(c *content) {
-	if b.left != nil {
-		b.keep([]part{b.left, b.refused}, c)
-		slices.Sort(b.left)
-	}
-	b.refused, b.asked = nil, false
-}
-
-// grow counts a request that was taken, and tells whether larger ones should be tried from now on.
-func (q *queue) grow() bool {
-	if q.largest == maxBatch {
-		return false
-	}
-	if q.taken++; q.taken < growAfter {
-		return false
-	}
-	q.largest, q.taken = min(2*q.largest, maxBatch), 0
-	return true
-}
-
-// probe finds out whether Backstop takes anything at all, after it has refused some of b. If it does, it is for some metrics that
-// it refuses others. If not, it is not one metric or the other that is to blame: all have to be kept, and the error says why.
-func (q *queue) probe(ctx context.Context, b *batch, c *content) (err error) {
-	if q.good != nil {
-		if err = q.to.post(ctx, q.good); err == nil {
-			return nil
-		}
-	} else {
-		for _, place := range rand.Perm(c.count)[:min(c.count, maxSamples)] {
-			one, bad := c.encoded(part{place}, q.to.encode)
-			if bad != nil {
-				return bad
-			}
-			if err = q.to.post(ctx, one); err == nil {
-				q.good = one
-				return nil
-			}
-		}
-		// Perhaps it takes another batch.
-		q.mu.Lock()
-		b.setBack++
-		q.mu.Unlock()
-	}
-	q.largest, q.taken = maxBatch, 0
-	return err
-}
-
-// reconsider is called when everything of b was posted, and returns what has to be posted once more. What was refused
-// may have been so because of something that broke down in the midst of it. So it is given up only when it is refused
-// for a second time, and others are taken before and after that: else all of it stays, and the error says why.
-func (q *queue) reconsider(ctx context.Context, b *batch, c *content) ([]part, error) {
-	if len(b.refused) == 0 {
-		return nil, nil
-	}
-	if err := q.probe(ctx, b, c); err != nil {
-		b.left = part{}
-		b.startAgain(c)
-		return nil, err
-	}
-	if b.asked {
-		return nil, nil
-	}
-	again := b.refused.split(1)
-	b.refused, b.asked = nil, true
-	return again, nil
 }
 
 // count keeps the figures of a request with so many metrics of b.
@@ -408,6 +330,9 @@ func (q *queue) delivered(b *batch, c *content, took time.Duration) {
 		}
 	}
 	q.done(b)
+	for b := range q.all() {
+		b.setBack = 0 // it may be as good as the one that was taken
+	}
 	q.log.Debug("delivered", "metrics", b.accepted, "took", took.Round(time.Millisecond), q.state())
 }
 
@@ -442,33 +367,29 @@ func (q *queue) failed(err error) {
 	}
 	q.late = append(q.late, q.fresh...)
 	q.fresh = nil
-	if q.outage == nil {
-		q.outage = &outage{}
-	}
-	o := q.outage
+	o := q.inOutage(q.to.name + " reachable again, metrics that were kept are delivered")
 	o.failing = true
 	text := errorText(err)
 	message, attrs := q.to.name+" unreachable, keeping metrics", []any{"since", inUTC(q.late[0].oldest)}
-	var (
-		r *refusal
-		u *unreadError
-	)
+	var r *refusal
 	switch {
-	case errors.As(err, &u):
-		message, attrs = "a spooled file cannot be read, and is tried again", []any{"file", u.file}
 	case errors.As(err, &r) && r.remedy() != tryAgain:
 		message = q.to.name + " refuses metrics, keeping them until that is mended"
 	case r != nil:
 		message = q.to.name + " fails, keeping metrics"
 	}
-	if u == nil {
-		o.over = q.to.name + " reachable again, metrics that were kept are delivered"
-	} else if o.over == "" {
-		o.over = "the spool can be read again, metrics that were kept are delivered"
-	}
 	if o.isNews(text) {
 		q.log.Error(message, append(attrs, "error", text)...)
 	}
+}
+
+// inOutage returns the outage that there is now, and what is to be logged when it is over. It is called with mu held.
+func (q *queue) inOutage(over string) *outage {
+	if q.outage == nil {
+		q.outage = &outage{dropped: q.room} // what is not told yet will be with it
+	}
+	q.outage.over = over
+	return q.outage
 }
 
 // isNews tells whether something has not been told yet in this outage, and has to be.

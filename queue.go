@@ -35,6 +35,7 @@ type queue struct {
 	late     []*batch // oldest first
 	fresh    []*batch // likewise; all are younger than the late ones
 	inFlight *batch   // the one of them that deliver is busy with
+	ending   bool     // whether deliver knows that the queue is closed
 	metrics  int      // in all of them
 	bytes    int64    // likewise
 	outage   *outage  // nil while all goes well
@@ -47,30 +48,33 @@ type queue struct {
 	closed   chan struct{} // closed once nothing more is put in
 
 	// What deliver knows of Backstop
-	largest int    // metrics that a request may have
-	taken   int    // requests since that was learned, or tried
-	good    []byte // a request of one metric that was taken, nil while there is none
-	ordinal part   // 0, 1, 2 … as far as needed
+	largest      int    // metrics that a request may have
+	taken        int    // requests since that was learned, or tried
+	good         []byte // a request of one metric that was taken, nil while there is none
+	refused      int    // requests, since refusedSince
+	refusedSince time.Time
+	ordinal      part // 0, 1, 2 … as far as needed
 }
 
 // batch is what is kept as one: a sweep, or a part of a large one.
 type batch struct {
-	file    string // in the spool, "" while it is in memory
-	packed  []byte // its body, where it is neither in a file nor sent at once
-	body    []byte // the same unpacked, nil where it had to wait
-	size    int64  // bytes where it is kept
-	count   int    // metrics in it
-	metrics int    // of them that are still to be delivered
-	oldest  int64  // Unix seconds
-	tried   bool   // without success
-	unread  int    // how often its file could not be read
-	setBack int    // how often others were let go first
+	file    string    // in the spool, "" while it is in memory
+	packed  []byte    // its body, where it is neither in a file nor sent at once
+	body    []byte    // the same unpacked, nil where it had to wait
+	size    int64     // bytes where it is kept
+	count   int       // metrics in it
+	metrics int       // of them that are still to be delivered
+	oldest  int64     // Unix seconds
+	tried   bool      // without success
+	unread  int       // how often its file could not be read
+	setBack int       // how often it was refused altogether: others go first
+	rests   time.Time // until when others go first
 
 	// What became of its metrics, where some were refused
 	left     part  // what is to be posted still, nil: everything
 	refused  part  // what was refused, each on its own
 	refusal  error // of the last of those
-	asked    bool  // whether they were posted for the second time
+	rounds   int   // in how many rounds they were
 	accepted int   // how many were not
 }
 
@@ -145,7 +149,7 @@ func (q *queue) openSpool() error {
 	q.metrics += metrics
 	q.late = slices.Concat(found, q.late)
 	if q.outage == nil {
-		q.outage = &outage{over: "metrics of the earlier run are delivered"}
+		q.inOutage("metrics of the earlier run are delivered")
 	}
 	q.log.Info("metrics of an earlier run wait in the spool", "metrics", metrics, "batches", len(found), "since", inUTC(found[0].oldest))
 	q.bound()

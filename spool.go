@@ -39,11 +39,12 @@ type spool struct {
 	log *slog.Logger
 
 	lock    *flock.Flock // nil while the folder is not ours
+	folder  fs.FileInfo  // as it was when it became ours first, nil before
 	counter uint64       // the highest in a name so far
 	foreign bool         // whether it was said that there are files of others
 	bad     []file       // set aside, oldest first
-	// Delivered or given up, but still there. They count for nothing: a disk from which nothing can be removed
-	// takes nothing either, and to give up more would free no room.
+	// Delivered or given up, but still there, or perhaps: the folder may be away. They count for nothing: a disk from which
+	// nothing can be removed takes nothing either, and to give up more would free no room.
 	litter []file
 }
 
@@ -105,9 +106,21 @@ func isForGood(err error) bool {
 
 // open makes the folder ours and returns the batches in it, oldest first, but those that are known already. It is
 // called again until it succeeds. The error is errSpoolTaken, errSpoolUnfit, or what the system says.
+//
+// Once it was ours, another in its place is not taken, nor made where there is none: most likely a disk is not mounted, and what would
+// be put into the stand-in would be out of sight when it is.
 func (s *spool) open(known map[string]bool) ([]*batch, error) {
-	if err := makeFolder(s.dir); err != nil {
+	if s.folder == nil {
+		if err := makeFolder(s.dir); err != nil {
+			return nil, err
+		}
+	}
+	folder, err := os.Stat(s.dir)
+	if err != nil {
 		return nil, err
+	}
+	if s.folder != nil && !os.SameFile(folder, s.folder) && !s.hasAny(known) {
+		return nil, errors.New("another folder than before: is its disk mounted? To have this one used, restart")
 	}
 	if trouble := spoolTrouble(s.dir); trouble != "" {
 		return nil, fmt.Errorf("%w: %s: %s", errSpoolUnfit, s.dir, trouble)
@@ -129,9 +142,19 @@ func (s *spool) open(known map[string]bool) ([]*batch, error) {
 		lock.Close()
 		return nil, err
 	}
-	s.lock, s.bad, s.litter = lock, nil, nil
+	s.lock, s.folder, s.bad = lock, folder, nil
 	_ = os.WriteFile(path, fmt.Appendln(nil, os.Getpid()), 0o600) // for the message above, no more
 	return s.load(entries, known), nil
+}
+
+// hasAny tells whether there is any file of these names.
+func (s *spool) hasAny(names map[string]bool) bool {
+	for name := range names {
+		if info, err := os.Lstat(filepath.Join(s.dir, name)); err == nil && info.Mode().IsRegular() {
+			return true
+		}
+	}
+	return false
 }
 
 // load looks at what is in the folder.
@@ -139,12 +162,16 @@ func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
 	var (
 		batches []*batch
 		foreign []string
+		litter  = map[string]bool{}
 	)
+	for _, f := range s.litter {
+		litter[f.name] = true
+	}
 	for _, entry := range entries {
 		name := entry.Name()
 		parts := spoolName.FindStringSubmatch(name)
 		switch {
-		case name == lockName || known[name]:
+		case name == lockName || known[name] || litter[name]:
 			continue
 		case unfinishedName.MatchString(name):
 			s.remove(file{name: name}) // its batch was not queued yet when we were killed
@@ -190,6 +217,9 @@ func makeFolder(dir string) error {
 		}
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
+		if info, _ := os.Stat(dir); info != nil && info.IsDir() { // somebody was faster
+			return nil
+		}
 		return err
 	}
 	_ = syncFolder(filepath.Dir(dir)) // that may not be ours to open
@@ -269,8 +299,12 @@ func (s *spool) read(name string) (*content, error) {
 	return &content{body: encode(metrics), count: len(metrics)}, nil
 }
 
-// remove removes a file, now or, where that fails, at some tidy.
+// remove removes a file, now or, where that fails or the folder is not ours, at some tidy.
 func (s *spool) remove(f file) {
+	if s.check() != nil {
+		s.litter = append(s.litter, f)
+		return
+	}
 	path := filepath.Join(s.dir, f.name)
 	if err := os.Remove(path); err == nil || errors.Is(err, fs.ErrNotExist) {
 		return

@@ -2,11 +2,16 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
 // smallDisk mounts a disk of so many bytes in memory, and returns its folder.
@@ -33,6 +38,26 @@ func remount(t *testing.T, dir string, flags uintptr) {
 	if err := syscall.Mount("spool", dir, "tmpfs", syscall.MS_REMOUNT|flags, ""); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// makeUnreadable makes reading a file fail.
+func makeUnreadable(t *testing.T, path string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		if err := os.Chmod(path, 0); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	// Nothing is forbidden to root. But nobody has memory at address 0.
+	if err := syscall.Mount("/proc/self/mem", path, "", syscall.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(path, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // try makes one try of delivery.
@@ -250,24 +275,160 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	}
 }
 
-// A folder that goes away under the daemon is made again.
-func TestSpoolSurvivesTheLossOfItsFolder(t *testing.T) {
+// Files that cannot be read, as on a bad block, hold up nothing, and are set aside in the end.
+func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newDir(t)
+		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+		q, log := r.spooled(t, dir)
+		const unreadable = 50
+		for i := range unreadable {
+			q.put(points(i, 1))
+		}
+		q.failed(q.send(t.Context(), q.next()))
+		log.take()
+		for _, name := range files(t, dir) {
+			makeUnreadable(t, filepath.Join(dir, name))
+		}
+		r.fail = nil
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		begin := time.Now()
+		for i := range 5 {
+			q.put(points(unreadable+i, 1))
+			synctest.Wait()
+			if _, got := r.sofar(); len(got) != i+1 {
+				t.Errorf("%d of %d arrived at once", len(got), i+1)
+			}
+			if i < maxUnread-1 {
+				if got := log.take(); got != "" {
+					t.Errorf("logged %s", got)
+				}
+			}
+			time.Sleep(time.Minute)
+		}
+		if got := log.take(); strings.Count(got, "it is set aside") != unreadable {
+			t.Errorf("logged after %s\n%s", time.Since(begin), got)
+		}
+		q.close()
+		if err := <-done; err == nil || err.Error() != fmt.Sprintf("%d metrics not delivered", unreadable) {
+			t.Error(err)
+		}
+	})
+}
+
+// The last try is not wasted on one; it stays.
+func TestSpoolEndsWithAnUnreadableFile(t *testing.T) {
 	dir := newDir(t)
-	r := &receiver{}
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
 	q, log := r.spooled(t, dir)
 	q.put(points(0, 1))
-	if err := os.RemoveAll(dir); err != nil {
+	q.put(points(1, 1))
+	q.failed(q.send(t.Context(), q.next()))
+	name := files(t, dir)[0]
+	makeUnreadable(t, filepath.Join(dir, name))
+	r.fail = nil
+	q.close()
+	if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{1}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if got := log.take(); !strings.Contains(got, `msg="ending without having delivered everything" kept=1 `) || !slices.Equal(files(t, dir), []string{name}) {
+		t.Errorf("%q are left, logged %s", files(t, dir), got)
+	}
+}
+
+// While the disk with the folder is away, nothing is put in its place, and nothing of what is on it counts as lost.
+func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
+	dir := newDir(t)
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	q.failed(q.send(t.Context(), q.next()))
+	log.take()
+	away := dir + " away"
+	if err := os.Rename(dir, away); err != nil {
 		t.Fatal(err)
 	}
-	q.put(points(1, 1))
-	q.put(points(2, 1))
+	q.put(points(3, 1))
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it has a stand-in: %v", err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil { // as a place to mount at
+		t.Fatal(err)
+	}
+	q.put(points(4, 1))
+	if found, err := os.ReadDir(dir); err != nil || len(found) > 0 {
+		t.Errorf("%v is in a stand-in, %v", found, err)
+	}
+	down = false
+	for range 2 { // what can be read
+		try(t, q)
+	}
+	if b, _ := q.turn(); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
+		t.Errorf("%s while it is away", figuresOf(q))
+	}
+	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
+		t.Fatal(err)
+	}
+	q.put(points(5, 1))
 	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
-	other := &spool{dir: dir, log: log.logger()}
-	if _, err := other.open(nil); !errors.Is(err, errSpoolTaken) {
-		t.Errorf("the new folder is not locked: %v", err)
-	}
 	deliverAll(t, q)
-	r.inOrder(t, 0, 3) // the first was still in memory
+	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4, 5}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// What is given up while the folder is away does not come back with it, and nothing is removed that may be another daemon's.
+func TestSpoolGivesUpInAbsence(t *testing.T) {
+	dir := newDir(t)
+	q, log := (&receiver{}).spooled(t, dir)
+	for i := range 256 {
+		q.put(points(i, 1))
+	}
+	away := dir + " away"
+	if err := os.Rename(dir, away); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		q.put(points(256+i, 1))
+	}
+	if got := len(files(t, away)); got != 256 {
+		t.Errorf("%d files, where none may be removed", got)
+	}
+	if err := os.Rename(away, dir); err != nil {
+		t.Fatal(err)
+	}
+	q.put(points(356, 1))
+	if used := usedBy(t, dir); used > q.limit {
+		t.Errorf("%d bytes of files", used)
+	}
+	if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 357-q.metrics); !strings.HasSuffix(got, want) {
+		t.Errorf("its own figures are %s with %d left, want %s", got, q.metrics, want)
+	}
+	if got := log.take(); strings.Contains(got, "earlier run") {
+		t.Errorf("logged %s", got)
+	}
+	r := &receiver{}
+	q.to = r.destination()
+	deliverAll(t, q)
+	r.inOrder(t, 357-len(r.got), 357)
+	if len(r.got) < 200 {
+		t.Errorf("%d arrived", len(r.got))
+	}
 }

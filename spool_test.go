@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -300,7 +301,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if err := q.send(t.Context(), q.next()); err != nil {
 		t.Errorf("%v: something else may be sent", err)
 	}
-	if b := q.turn(); b != nil {
+	if b, _ := q.turn(); b != nil {
 		t.Errorf("%s cannot be read", b.file)
 	}
 	q.put(points(3, 1))
@@ -329,47 +330,27 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	}
 }
 
-// One file that cannot be read, as on a bad block, lets the others go first, and is set aside in the end.
-func TestSpoolSurvivesAnUnreadableFile(t *testing.T) {
+// Where this process is out of descriptors, no file is to blame.
+func TestSpoolSurvivesTheWantOfDescriptors(t *testing.T) {
 	dir := newDir(t)
-	q, log := (&receiver{}).spooled(t, dir)
-	for i := range 3 {
-		q.put(points(i, 1))
-	}
-	unreadable := q.next()
-	trouble := &fs.PathError{Op: "read", Path: filepath.Join(dir, unreadable.file), Err: syscall.EIO}
-	for range maxUnread - 1 {
-		err := q.unread(unreadable, trouble)
-		if err == nil {
-			t.Fatal("given up too soon")
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, log := r.spooled(t, dir)
+	q.put(points(0, 1))
+	q.put(points(1, 1))
+	q.failed(q.send(t.Context(), q.next()))
+	r.fail = nil
+	for range 3 * maxUnread {
+		q.unread(q.next(), &fs.PathError{Op: "open", Path: dir, Err: syscall.EMFILE})
+		if b, _ := q.turn(); b != nil && b.file != "" {
+			t.Errorf("%s is tried at once", b.file)
 		}
-		q.failed(err)
-		if q.next() == unreadable {
-			t.Error("the others do not go first")
-		}
+		q.put(nil) // it works again
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `level=ERROR msg="a spooled file cannot be read, and is tried again" file=`+unreadable.file+" error=") {
+	if got := log.take(); strings.Contains(got, "set aside") || !strings.Contains(got, "the spool cannot be used; metrics are kept in memory until it can") || !strings.Contains(got, syscall.EMFILE.Error()) {
 		t.Errorf("logged\n%s", got)
 	}
-	name := unreadable.file
-	for range 10 * maxUnread { // that is no fault of the file
-		if q.unread(unreadable, &fs.PathError{Op: "open", Path: trouble.Path, Err: syscall.EMFILE}) == nil {
-			t.Fatal("given up for want of descriptors")
-		}
-	}
-	if err := q.unread(unreadable, trouble); err != nil {
-		t.Error(err)
-	}
-	if got := files(t, dir); len(got) != 3 || got[0] != name+badSuffix {
-		t.Errorf("files %q", got)
-	}
-	q.close()
-	if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
-		t.Error(err)
-	}
-	if got := log.take(); !strings.Contains(got, "it is set aside") || !strings.Contains(got, `msg="the spool can be read again, metrics that were kept are delivered" metrics=2 `) {
-		t.Errorf("logged\n%s", got)
-	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 2)
 }
 
 // Two daemons on one folder are noticed, even if somebody has removed the lock, or the folder; and none takes a file of the other.
@@ -401,6 +382,23 @@ func TestSpoolNoticesAnotherDaemon(t *testing.T) {
 		if slices.Sort(one.got); !slices.Equal(one.got, []int{0, 1, 2, 3}) || !slices.Contains(other.got, 100) {
 			t.Errorf("arrived %v and %v", one.got, other.got)
 		}
+	}
+}
+
+// Somebody else may make the same folder, or one above it, at the same time.
+func TestMakeFolderIsNotAlone(t *testing.T) {
+	in := t.TempDir()
+	for i := range 200 {
+		above := filepath.Join(in, fmt.Sprint(i), "x", "y")
+		var wg sync.WaitGroup
+		for j := range 2 {
+			wg.Go(func() {
+				if err := makeFolder(filepath.Join(above, fmt.Sprint(j))); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
 	}
 }
 
