@@ -519,3 +519,21 @@ func TestGraphiteDashboardIsWhole(t *testing.T) {
 		}
 	}
 }
+
+// Whoever comes from another tool is told of metrics that there are.
+func TestMigrationNamesMetrics(t *testing.T) {
+	metrics := contracts(t)
+	named := allOf("`(<[ch]>\\.[^`]+)`", readFile(t, "MIGRATION.md"))
+	n := 0
+	for _, names := range named {
+		for _, name := range expand(names) {
+			n++
+			if _, ok := metrics[name]; !ok {
+				t.Errorf("MIGRATION.md has %s, METRICS.md has not", name)
+			}
+		}
+	}
+	if n < 50 {
+		t.Errorf("MIGRATION.md names only %d metrics", n)
+	}
+}
