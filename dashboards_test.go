@@ -3,7 +3,10 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"net/url"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -516,6 +519,20 @@ func TestGraphiteDashboardIsWhole(t *testing.T) {
 	for _, g := range d.Graphs {
 		if in, err := url.ParseQuery(g.id); err != nil || !slices.Equal(in["target"], g.params.Target) {
 			t.Errorf("%s: %q, %v, and %q", g.params.Title, in["target"], err, g.params.Target)
+		}
+	}
+}
+
+// The README shows the pictures that there are, and none weighs much.
+func TestReadmePictures(t *testing.T) {
+	shown := allOf(`!\[[^]]+\]\((deploy/pictures/[^)]+)\)`, readFile(t, "README.md"))
+	there, err := filepath.Glob("deploy/pictures/*")
+	if err != nil || len(there) < 2 || !slices.Equal(shown, there) {
+		t.Errorf("the README shows %q, there are %q, %v", shown, there, err)
+	}
+	for _, file := range there {
+		if info, err := fs.Stat(os.DirFS("."), file); err != nil || info.Size() > 40<<10 {
+			t.Errorf("%s: %v, more than 40 KB", file, err)
 		}
 	}
 }
