@@ -42,8 +42,10 @@ The same, with the metrics of my.container.name.x under my.name:
     docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker \
       --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}' --poll=60s
 
-Options; each can also be set by the environment variable beside it. The option wins
-over the variable, and an empty variable counts as unset.
+Options; each can also be set by the environment variable beside it, or by a file that
+the variable with _FILE behind its name leads to, such as
+SRV_BACKSTOP_FILE=/run/secrets/backstop. The option wins over both, and an empty
+variable counts as unset.
 
   --backstop=URL    SRV_BACKSTOP   where to send to: an http or https URL, with user:password@
                                    for Basic authentication; - prints the metrics as Carbon
@@ -167,6 +169,7 @@ func parseOptions(args []string) (*options, error) {
 	}
 	onLine := map[string]bool{}
 	flags.Visit(func(f *flag.Flag) { onLine[f.Name] = true })
+	inFile, noFile := readFiles(flags, onLine)
 	if err := ff.Parse(flags, args, ff.WithEnvVarPrefix("SRV")); err != nil {
 		return nil, explainFlag(err)
 	}
@@ -182,8 +185,11 @@ func parseOptions(args []string) (*options, error) {
 		if onLine[name] {
 			return "--" + name
 		}
-		if variable := "SRV_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_")); os.Getenv(variable) != "" {
-			return variable
+		if inFile[name] {
+			return variableOf(name) + "_FILE"
+		}
+		if os.Getenv(variableOf(name)) != "" {
+			return variableOf(name)
 		}
 		switch name {
 		case "docker":
@@ -215,6 +221,9 @@ func parseOptions(args []string) (*options, error) {
 	}
 	if opts.version {
 		return opts, nil // whatever else is said
+	}
+	if noFile != nil {
+		return nil, noFile
 	}
 	if backstopURL != "-" {
 		if opts.backstop, err = newBackstop(backstopURL); err != nil {
@@ -260,6 +269,40 @@ func parseOptions(args []string) (*options, error) {
 		return nil, fmt.Errorf("%s: %w", from("docker"), err)
 	}
 	return opts, nil
+}
+
+// variableOf returns the environment variable for an option.
+func variableOf(name string) string {
+	return "SRV_" + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+// readFiles sets the options whose value is in a file, as Docker's secrets and systemd's credentials are, and which are not on the
+// command line. It returns which ones.
+func readFiles(flags *flag.FlagSet, onLine map[string]bool) (inFile map[string]bool, err error) {
+	inFile = map[string]bool{}
+	flags.VisitAll(func(f *flag.Flag) {
+		variable := variableOf(f.Name)
+		path := os.Getenv(variable + "_FILE")
+		if err != nil || path == "" || onLine[f.Name] || f.Name == "version" {
+			return
+		}
+		if os.Getenv(variable) != "" {
+			err = fmt.Errorf("%s and %[1]s_FILE are both set: unset one of them", variable)
+			return
+		}
+		content, trouble := os.ReadFile(path)
+		value := strings.TrimRight(string(content), "\r\n") // editors put that there
+		switch {
+		case trouble != nil:
+			err = fmt.Errorf("%s_FILE: %w", variable, trouble)
+		case value == "":
+			err = fmt.Errorf("%s_FILE: %s is empty", variable, path)
+		default:
+			inFile[f.Name] = true
+			flags.Set(f.Name, value) // what is wrong with it is found out with the others
+		}
+	})
+	return inFile, err
 }
 
 // explainFlag puts what the flag package says into words of ours, without what may be a secret.
