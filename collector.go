@@ -27,6 +27,7 @@ type collector struct {
 	rules  rules
 	per    details
 	host   string // what --host says
+	alive  func() // called after each answer; nil for nothing
 	log    *slog.Logger
 
 	size        int                   // of the last sweep, in metrics, and some more
@@ -111,6 +112,9 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 		b := buffers.Get().(*buffer)
 		defer buffers.Put(b)
 		errs[i] = c.sample(ctx, asked[i], start, b)
+		if c.alive != nil {
+			c.alive()
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		metrics = append(metrics, b.metrics...)

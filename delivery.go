@@ -88,13 +88,14 @@ func (q *queue) next() *batch {
 		}
 		b, wait := q.turn()
 		q.inFlight = b
-		if len(q.fresh)+len(q.late) == 0 {
+		empty := len(q.fresh)+len(q.late) == 0
+		if empty {
 			q.fresh, q.late = nil, nil // lets go of the room that a backlog took
-			if q.rest != nil {
-				q.rest()
-			}
 		}
 		q.mu.Unlock()
+		if empty && q.rest != nil {
+			q.rest()
+		}
 		if b != nil || closed {
 			return b
 		}

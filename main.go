@@ -393,14 +393,19 @@ func run(opts *options, log *slog.Logger) error {
 		}
 	}
 	queue := newQueue(to, opts.spoolLimit, log.With("to", name))
-	if opts.backstop != nil && opts.poll > keepAlive {
-		// The connection would not last until the next sweep, and its end would wake us up in between.
-		queue.rest = opts.backstop.transport.CloseIdleConnections
-	}
 	if opts.spool != "" && opts.backstop != nil {
 		if err := queue.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
 			log.Error("not started: the folder of --spool is not for us", "spool", opts.spool, "error", errorText(err))
 			return err
+		}
+	}
+	service := newService(opts.poll, queue.describe)
+	collector.alive = service.alive
+	queue.rest = func() {
+		service.update()
+		if opts.backstop != nil && opts.poll > keepAlive {
+			// The connection would not last until the next sweep, and its end would wake us up in between.
+			opts.backstop.transport.CloseIdleConnections()
 		}
 	}
 	sweep := func(ctx context.Context) sweepResult {
@@ -409,8 +414,10 @@ func run(opts *options, log *slog.Logger) error {
 		if len(result.metrics) > 0 {
 			queue.put(append(result.metrics, queue.own(collector.hostName(), start)...))
 		}
+		took := time.Since(start)
+		service.hasSwept(result, took)
 		log.Debug("swept", "running", result.running, "failed", result.failed,
-			"metrics", len(result.metrics), "took", time.Since(start).Round(time.Millisecond))
+			"metrics", len(result.metrics), "took", took.Round(time.Millisecond))
 		return result
 	}
 
@@ -428,11 +435,13 @@ func run(opts *options, log *slog.Logger) error {
 	}
 
 	log.Info("started", "version", version(), "to", name, "docker", opts.engine, "poll", opts.poll)
+	service.ready()
 	delivered := make(chan error, 1)
 	go func() { delivered <- queue.deliver(sending) }()
 	poll(ctx, func() schedule { return newSchedule(opts.poll, collector.hostName()) },
 		func(ctx context.Context) { sweep(ctx) }, log)
 	log.Info("ending")
+	service.ending()
 	queue.close()
 	select {
 	case <-delivered: // its log says what could not be delivered

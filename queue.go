@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"fmt"
 	"iter"
 	"log/slog"
 	"slices"
@@ -27,7 +28,7 @@ type queue struct {
 	spool *spool // nil: everything is in memory
 	limit int64  // of bytes
 	pace  pace
-	rest  func() // called when everything is delivered, nil for nothing
+	rest  func() // called when everything is delivered, nil for nothing; it may ask the queue
 	log   *slog.Logger
 
 	mu       sync.Mutex
@@ -363,6 +364,23 @@ func (q *queue) tellRoom(now time.Time) {
 // state describes the queue for the log. It is called with mu held.
 func (q *queue) state() slog.Attr {
 	return slog.Group("queue", "metrics", q.metrics, "batches", len(q.late)+len(q.fresh), "bytes", q.bytes)
+}
+
+// describe says in a few words what is in the queue.
+func (q *queue) describe() string {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.metrics == 0 {
+		return "empty"
+	}
+	text := fmt.Sprintf("%d metrics", q.metrics)
+	if o := q.outage; o != nil && len(q.late) > 0 {
+		text += " since " + inUTC(q.late[0].oldest)
+		if len(o.told) > 0 {
+			text += ", " + o.told[len(o.told)-1]
+		}
+	}
+	return text
 }
 
 // inUTC is a time as the log has it.

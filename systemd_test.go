@@ -1,0 +1,125 @@
+//go:build unix
+
+package main
+
+import (
+	"bytes"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// What systemd hears of the daemon, from its start to its end.
+func TestSystemdIsTold(t *testing.T) {
+	dir, err := os.MkdirTemp("", "dstb") // the path of a socket is short
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	socket.SetReadDeadline(time.Now().Add(time.Minute))
+	var heard []string
+	until := func(pattern string) {
+		t.Helper()
+		for {
+			message := make([]byte, 4<<10)
+			n, err := socket.Read(message)
+			if err != nil {
+				t.Fatalf("%s is not to be heard: %v, only %q", pattern, err, heard)
+			}
+			heard = append(heard, string(message[:n]))
+			if regexp.MustCompile(`^(?:` + pattern + `)$`).Match(message[:n]) {
+				return
+			}
+		}
+	}
+
+	binary, err := exec.LookPath(program) // see TestMain
+	if err != nil {
+		t.Fatal(err)
+	}
+	engine, s := newReplay(t, "cgroup2"), newStandIn(t)
+	s.set("", answerWith(503, ""))
+	var out bytes.Buffer
+	daemon := exec.Command(binary, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker", "--poll=1s")
+	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(), "WATCHDOG_USEC=2000000")
+	daemon.Stderr = &out
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- daemon.Wait() }()
+	until("WATCHDOG_USEC=3000000") // three polls, as that is more
+	until("READY=1")
+	until("WATCHDOG=1")
+	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, answer 503 Service Unavailable`)
+	s.set("", nil)
+	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: empty`)
+	until("WATCHDOG=1")
+	engine.on("/containers/json", hang)
+	until(`STATUS=last sweep: no answer within 900ms; queue: empty`)
+	if err := daemon.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	until("STOPPING=1")
+	if err := <-ended; err != nil {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+	t.Setenv("NOTIFY_SOCKET", "")
+	t.Setenv("WATCHDOG_USEC", "nonsense")
+	if service := newService(time.Second, nil); service.watchdog != 0 {
+		t.Errorf("a watchdog of %s, where there is none", service.watchdog)
+	}
+}
+
+// Signs of life are given at what happens, and not more often than is of use: a sweep that hangs gives none.
+func TestSystemdNoticesAHungSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var signs int
+		s := &service{watchdog: 2 * time.Minute, queue: func() string { return "" }, send: func(state string) {
+			if state == "WATCHDOG=1" {
+				signs++
+			}
+		}}
+		for range 10 * 60 { // answers, one a second
+			s.alive()
+			time.Sleep(time.Second)
+		}
+		if signs != 10*60/15 {
+			t.Errorf("%d signs of life in 10 minutes", signs)
+		}
+		signs = 0
+		time.Sleep(10 * time.Minute)
+		if signs != 0 {
+			t.Errorf("%d signs of life of one that hangs", signs)
+		}
+	})
+	// Each answer is one.
+	r := newReplay(t, "cgroup2")
+	c, _ := r.collector(t, time.Minute)
+	answers := 0
+	c.alive = func() { answers++ }
+	c.flow.limit = 1
+	if result := c.sweep(t.Context()); answers != result.running || answers == 0 {
+		t.Errorf("%d answers of %d containers", answers, result.running)
+	}
+}
+
+func TestUnitHasAWatchdog(t *testing.T) {
+	unit := readFile(t, "deploy/docker-stats-to-backstop.service")
+	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "StateDirectory=" + program} {
+		if !strings.Contains(unit, "\n"+line+"\n") {
+			t.Errorf("the unit has no %s", line)
+		}
+	}
+}
