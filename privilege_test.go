@@ -1,0 +1,137 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	docker "github.com/fsouza/go-dockerclient"
+)
+
+// rulesOfProxy returns what deploy/haproxy.cfg lets through.
+func rulesOfProxy(t *testing.T) *regexp.Regexp {
+	t.Helper()
+	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(readFile(t, "deploy/haproxy.cfg"))
+	if m == nil {
+		t.Fatal("deploy/haproxy.cfg has no rule")
+	}
+	return regexp.MustCompile(m[1])
+}
+
+// Whatever it does, it only ever reads, and only what the rules for a proxy let through.
+func TestLiveOnlyReads(t *testing.T) {
+	real := usualEngine(t)
+	real.run(t, "old", "", docker.HostConfig{NetworkMode: "none"})
+	allowed := rulesOfProxy(t)
+	var mu sync.Mutex
+	seen := map[string]bool{}
+	e := between(t, real, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		mu.Lock()
+		seen[regexp.MustCompile(`[0-9a-f]{64}`).ReplaceAllString(r.URL.Path, "ID")] = true
+		mu.Unlock()
+		if r.Method != http.MethodGet || !allowed.MatchString(r.URL.Path) {
+			t.Errorf("%s %s", r.Method, r.URL.Path)
+		}
+		forward.ServeHTTP(w, r)
+	})
+	binary, err := exec.LookPath(program) // see TestMain
+	must(t, err)
+	s := newStandIn(t)
+	var out bytes.Buffer
+	daemon := exec.Command(binary, "--docker="+e.address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
+	daemon.Stderr = &out
+	must(t, daemon.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- daemon.Wait() }()
+	must(t, s.await(`^h\.metrics\.sampled `, 1, time.Minute))
+	real.run(t, "young", "", docker.HostConfig{NetworkMode: "none"})
+	must(t, s.await(`\.young\.cpu\.percent `, 1, time.Minute))
+	must(t, daemon.Process.Signal(os.Interrupt))
+	if err := <-ended; err != nil {
+		t.Errorf("%v\n%s", err, out.String())
+	}
+	if text, err := exec.Command(binary, "--docker="+e.address, "--check").CombinedOutput(); err != nil {
+		t.Errorf("--check: %v\n%s", err, text)
+	}
+	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json", "/containers/ID/stats"} {
+		if !seen[path] {
+			t.Errorf("%s was not asked for, and is let through for nothing", path)
+		}
+	}
+}
+
+// The proxy of deploy/ is enough for it, and for nothing else.
+func TestLiveBehindAProxy(t *testing.T) {
+	e := usualEngine(t)
+	if !strings.HasPrefix(e.address, "unix://") {
+		cannot(t, "the proxy is for an engine with a socket, not %s", e.address)
+	}
+	id := e.run(t, "seen", "", docker.HostConfig{NetworkMode: "none"})
+	haproxy, err := exec.LookPath("haproxy")
+	if err != nil {
+		haproxy = "/usr/sbin/haproxy"
+	}
+	if _, err := os.Stat(haproxy); err != nil {
+		cannot(t, "no haproxy: %v", err)
+	}
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "s")
+	config := strings.NewReplacer("/run/docker-stats/docker.sock", socket, "/var/run/docker.sock", strings.TrimPrefix(e.address, "unix://")).
+		Replace(readFile(t, "deploy/haproxy.cfg"))
+	must(t, os.WriteFile(filepath.Join(dir, "cfg"), []byte(config), 0o600))
+	var out bytes.Buffer
+	proxy := exec.Command(haproxy, "-db", "-f", filepath.Join(dir, "cfg"))
+	proxy.Stderr = &out
+	must(t, proxy.Start())
+	t.Cleanup(func() {
+		proxy.Process.Kill()
+		proxy.Wait()
+		if strings.Contains(out.String(), "WARNING") {
+			t.Errorf("haproxy says\n%s", out.String())
+		}
+	})
+	behind, err := docker.NewClient("unix://" + socket)
+	must(t, err)
+	for deadline := time.Now().Add(time.Minute); behind.Ping() != nil; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("haproxy does not answer")
+		}
+	}
+	binary, err := exec.LookPath(program) // see TestMain
+	must(t, err)
+	lines, err := exec.Command(binary, "--docker=unix://"+socket, "--once").Output()
+	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") || !strings.Contains(string(lines), ".seen.uptime ") || !strings.Contains(string(lines), ".containers.running ") {
+		t.Errorf("%v\n%s", err, lines)
+	}
+
+	client := http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
+	for _, refused := range [][2]string{
+		{"POST", "/containers/" + id + "/kill"}, {"DELETE", "/containers/" + id}, {"POST", "/containers/create"}, {"GET", "/images/json"},
+		{"GET", "/containers/" + id + "/logs?stdout=1"}, {"GET", "/containers/" + id + "/archive?path=/"}, {"GET", "/containers/../images/json"},
+		{"GET", "/containers/" + id + "%2Flogs"}, {"GET", "/secrets"}, {"HEAD", "/containers/json"}, {"GET", "/info/../containers/" + id + "/logs?stdout=1"},
+	} {
+		req, err := http.NewRequest(refused[0], "http://engine"+refused[1], nil)
+		must(t, err)
+		resp, err := client.Do(req)
+		must(t, err)
+		io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusForbidden {
+			t.Errorf("%s %s: %s", refused[0], refused[1], resp.Status)
+		}
+	}
+	if container, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id}); err != nil || !container.State.Running {
+		t.Errorf("the container does not run any more: %v", err)
+	}
+}
