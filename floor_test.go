@@ -139,6 +139,49 @@ func TestFewOpenFiles(t *testing.T) {
 	}
 }
 
+// switchesOf returns how often the threads of a process went to sleep, or were sent to.
+func switchesOf(pid int) (switches int) {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	for _, thread := range threads {
+		text, _ := os.ReadFile(thread)
+		for _, m := range regexp.MustCompile(`ctxt_switches:\s+(\d+)`).FindAllSubmatch(text, -1) {
+			n, _ := strconv.Atoi(string(m[1]))
+			switches += n
+		}
+	}
+	return switches
+}
+
+// Between sweeps nothing wakes it up, nor does it ask for anything.
+func TestNothingHappensBetweenSweeps(t *testing.T) {
+	binary, err := exec.LookPath(program) // see TestMain
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newStandIn(t)
+	daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--docker="+replayCrowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+newDir(t))
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer daemon.Wait()
+	defer daemon.Process.Kill()
+	if err := s.await(`^h\.metrics\.sampled `, 1, time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	// What the runtime has to clear up after the sweep is done within seconds. Whatever came once a second would never let it rest.
+	const enough = 30
+	deadline := time.Now().Add(time.Minute)
+	for quiet, before := 0, 0; quiet < enough; <-time.After(100 * time.Millisecond) {
+		now := switchesOf(daemon.Process.Pid)
+		if quiet++; now != before {
+			quiet, before = 0, now
+		}
+		if now == 0 || time.Now().After(deadline) {
+			t.Fatalf("it has no rest: %d context switches", now)
+		}
+	}
+}
+
 func BenchmarkAgainstTheFloor(b *testing.B) {
 	binary := filepath.Join(b.TempDir(), program)
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
