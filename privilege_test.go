@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -115,7 +116,9 @@ func TestLiveBehindAProxy(t *testing.T) {
 		t.Errorf("%v\n%s", err, lines)
 	}
 
-	client := http.Client{Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return net.Dial("unix", socket) }}}
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
 	for _, refused := range [][2]string{
 		{"POST", "/containers/" + id + "/kill"}, {"DELETE", "/containers/" + id}, {"POST", "/containers/create"}, {"GET", "/images/json"},
 		{"GET", "/containers/" + id + "/logs?stdout=1"}, {"GET", "/containers/" + id + "/archive?path=/"}, {"GET", "/containers/../images/json"},
