@@ -444,7 +444,7 @@ func TestAnswersTellWhoseTheyAre(t *testing.T) {
 			w.Write(answer)
 		})
 		c, _ := r.collector(t, 10*time.Second)
-		if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\n"+want) {
+		if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains("\n"+lines, "\n"+want) {
 			t.Errorf("with Ostype %s:\n%s", header, lines)
 		}
 	}
