@@ -117,7 +117,7 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 
 func TestUnitHasAWatchdog(t *testing.T) {
 	unit := readFile(t, "deploy/docker-stats-to-backstop.service")
-	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "StateDirectory=" + program} {
+	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "WatchdogSignal=SIGKILL", "StateDirectory=" + program} {
 		if !strings.Contains(unit, "\n"+line+"\n") {
 			t.Errorf("the unit has no %s", line)
 		}
