@@ -316,6 +316,9 @@ func explainFlag(err error) error {
 		if end := strings.IndexFunc(name, func(r rune) bool { return r != '-' && (r < 'a' || r > 'z') }); end >= 0 {
 			name = name[:end]
 		}
+		if name == "rules" { // of the last version of 2015
+			return errors.New("--rules is called --prefix now; the list itself is as it was")
+		}
 		return fmt.Errorf("unknown option --%s; options are written --name=value; see --help", name)
 	}
 	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
@@ -374,6 +377,9 @@ func run(opts *options, log *slog.Logger) error {
 		})
 	})
 
+	if os.Getenv("SRV_RULES") != "" && opts.rules == nil {
+		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")
+	}
 	collector := &collector{engine: opts.engine, rules: opts.rules, per: opts.per, host: opts.host, flow: flow{limit: opts.concurrency}, log: log}
 	if opts.check {
 		collector.log = slog.New(slog.DiscardHandler) // the table says it all
