@@ -95,7 +95,7 @@ func busyboxTar(t testing.TB, dir string) string {
 
 // name returns the name of a container of this test, in this run of it.
 func (e *liveEngine) name(t *testing.T, name string) string {
-	return fmt.Sprintf("dstb-%s-%d.%s", strings.ToLower(t.Name()), os.Getpid(), name)
+	return fmt.Sprintf("dstb-%s-%d.%s", strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), os.Getpid(), name)
 }
 
 // run starts a container that runs a shell script, "" for one that sleeps. It ends by itself
@@ -821,7 +821,7 @@ func (e *ownEngine) start() {
 	for range 3 {
 		os.Remove(e.dir + "/docker.pid")
 		e.dockerd = exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child",
-			"dockerd", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec", "--pidfile="+e.dir+"/docker.pid")
+			"sh", "-c", `/bin/busybox ip link set lo up && exec dockerd "$@"`, "sh", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec", "--pidfile="+e.dir+"/docker.pid")
 		e.dockerd.Stdout, e.dockerd.Stderr = log, log
 		must(e.t, e.dockerd.Start())
 		ended := make(chan struct{})
