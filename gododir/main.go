@@ -50,4 +50,8 @@ func tasks(p *do.Project) {
 		// Not c.Start: after a change that would build once more, without our options.
 		c.Error = do.Start("./docker-stats-to-backstop --poll=5s", top)
 	}).Desc("Builds it and runs it, with --poll=5s and what SRV_… variables say")
+
+	p.Task("release", nil, func(c *do.Context) {
+		c.Run("script/release", top)
+	}).Desc("Builds a release for all platforms into dist, with packages and checksums")
 }
