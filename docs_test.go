@@ -298,3 +298,75 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 		}
 	}
 }
+
+// The man page has each option with its text word for word as in --help, its examples, and what the code and the README say of
+// exit statuses, variables and files.
+func TestManPageSaysTheSame(t *testing.T) {
+	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(readFile(t, "deploy/docker-stats-to-backstop.1"), "")
+	page = strings.NewReplacer(`\-`, "-", `\e`, `\`, `\(aq`, "'", `\[u2026]`, "…").Replace(page)
+	words := func(text string) string { return strings.Join(strings.Fields(text), " ") }
+	chapter := func(name string) string {
+		_, rest, found := strings.Cut(page, "\n.SH "+name+"\n")
+		if !found {
+			t.Fatalf("no %s", name)
+		}
+		text, _, _ := strings.Cut(rest, "\n.SH ")
+		return text
+	}
+	// entries returns what the chapter explains, and how, in its order.
+	entries := func(name string) (of []string, explained []string) {
+		for _, entry := range strings.Split(chapter(name), ".TP\n")[1:] {
+			title, text, _ := strings.Cut(entry, "\n")
+			of, explained = append(of, title), append(explained, words(text))
+		}
+		return of, explained
+	}
+
+	help := fmt.Sprintf(usage, "unix:///var/run/docker.sock")
+	examples, help, _ := strings.Cut(help, "\nOptions; ")
+	intro, options, _ := strings.Cut(help, "\n\n")
+	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
+	if got, want := words(text), words(intro); got != strings.Replace(want, "each can", "Each option can", 1) {
+		t.Errorf("it says %q of the options, --help %q", got, want)
+	}
+	var names, texts []string
+	for _, option := range regexp.MustCompile(`(?m)^  (--\S+)(?: +(SRV_[A-Z_]+))?`).FindAllStringSubmatch(options, -1) {
+		names = append(names, strings.TrimSuffix(option[1]+", "+option[2], ", "))
+	}
+	for _, text := range regexp.MustCompile(`(?m)^  --\S+(?: +SRV_[A-Z_]+)?`).Split(options, -1)[1:] {
+		texts = append(texts, words(text))
+	}
+	of, explained := entries("OPTIONS")
+	if !slices.Equal(of, names) {
+		t.Fatalf("it has the options\n%q, --help has\n%q", of, names)
+	}
+	for i := range of {
+		if explained[i] != texts[i] {
+			t.Errorf("of %s it says\n%s\n--help says\n%s", of[i], explained[i], texts[i])
+		}
+	}
+	commands := func(pattern, text string) string { return words(strings.Join(allInOrder(pattern, text), "\n")) }
+	if got, want := commands(`(?s)\.nf\n(.*?)\.fi`, chapter("EXAMPLES")), commands(`(?m)^    +(.*)$`, examples); got != want {
+		t.Errorf("its examples are\n%s\nthose of --help\n%s", got, want)
+	}
+
+	statuses, _ := entries("EXIT STATUS")
+	if want := append([]string{"0"}, allOf(`os\.Exit\((\d)\)`, readFile(t, "main.go"))...); !slices.Equal(statuses, want) {
+		t.Errorf("it has the exit statuses %q, the code has %q", statuses, want)
+	}
+	readme := readFile(t, "README.md")
+	variables, _ := entries("ENVIRONMENT")
+	for _, name := range allOf(`([A-Z_]+)`, strings.Join(variables, "\n")) {
+		if !strings.Contains(readme, name) {
+			t.Errorf("the README lacks %s", name)
+		}
+	}
+	// A path is one that a package brings, or the unit's folder.
+	packages := readFile(t, "deploy/nfpm.yaml") + "/var/lib/" + strings.Join(allOf(`(?m)^StateDirectory=(.*)$`, readFile(t, "deploy/docker-stats-to-backstop.service")), "")
+	paths, _ := entries("FILES")
+	for _, path := range paths {
+		if !strings.Contains(packages, path) || !strings.Contains(readme, path) {
+			t.Errorf("there is no %s, or the README does not say so", path)
+		}
+	}
+}
