@@ -72,7 +72,13 @@ func connect(t testing.TB, address string) *liveEngine {
 	must(t, client.ImportImage(docker.ImportImageOptions{
 		Repository: repository, Tag: tag, Source: "-", InputStream: root, OutputStream: io.Discard,
 	}))
-	t.Cleanup(func() { client.RemoveImageExtended(e.image, docker.RemoveImageOptions{Force: true}) })
+	made, err := client.InspectImage(e.image)
+	must(t, err)
+	t.Cleanup(func() {
+		for _, image := range []string{e.image, made.ID} { // a newer one may have taken the name
+			client.RemoveImageExtended(image, docker.RemoveImageOptions{Force: true})
+		}
+	})
 	return e
 }
 
