@@ -244,12 +244,15 @@ func parseOptions(args []string) (*options, error) {
 	if opts.per, err = parseDetails(per); err != nil {
 		return nil, fmt.Errorf("%s: %w", from("per"), err)
 	}
+	if strings.Contains(spool, "://") {
+		return nil, fmt.Errorf("%s: %s is not the path of a folder", from("spool"), shown(spool))
+	}
 	if spool != "" {
 		if opts.spool, err = filepath.Abs(spool); err != nil {
 			return nil, fmt.Errorf("%s: %w", from("spool"), err)
 		}
 		if trouble := spoolTrouble(opts.spool); trouble != "" {
-			return nil, fmt.Errorf("%s: %s: %s", from("spool"), spool, trouble)
+			return nil, fmt.Errorf("%s: %s: %s", from("spool"), shown(spool), trouble)
 		}
 	}
 	if opts.spoolLimit, err = units.RAMInBytes(spoolLimit); err != nil {
@@ -290,13 +293,12 @@ func readFiles(flags *flag.FlagSet, onLine map[string]bool) (inFile map[string]b
 			err = fmt.Errorf("%s and %[1]s_FILE are both set: unset one of them", variable)
 			return
 		}
-		content, trouble := os.ReadFile(path)
-		value := strings.TrimRight(string(content), "\r\n") // editors put that there
+		value, trouble := readText(path)
 		switch {
 		case trouble != nil:
-			err = fmt.Errorf("%s_FILE: %w", variable, trouble)
+			err = fmt.Errorf("%s_FILE: %w: the path of a file that has the value is wanted", variable, trouble)
 		case value == "":
-			err = fmt.Errorf("%s_FILE: %s is empty", variable, path)
+			err = fmt.Errorf("%s_FILE: %s is empty", variable, shown(path))
 		default:
 			inFile[f.Name] = true
 			flags.Set(f.Name, value) // what is wrong with it is found out with the others

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -30,11 +29,11 @@ const form = `the form is {"regexp":"…","into":"…"}, or a list of such: [{�
 func parseRules(text string) (rules, error) {
 	source := ruleSource{text: text}
 	if path, ok := strings.CutPrefix(text, "@"); ok {
-		body, err := os.ReadFile(path)
+		body, err := readText(path)
 		if err != nil {
-			return nil, fmt.Errorf("%s: @ and the path of a file that can be read is wanted", oneLine(err.Error()))
+			return nil, fmt.Errorf("%w: @ and the path of a file that can be read is wanted", err)
 		}
-		source = ruleSource{strings.TrimRight(string(body), " \t\r\n"), path}
+		source = ruleSource{body, path}
 	} else if !strings.HasPrefix(text, "{") && !strings.HasPrefix(text, "[") && strings.Contains(text, "://") {
 		return nil, fmt.Errorf("not a rule, and %s; %s", shown(text), form) // such as the next option, for want of a value
 	}

@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"net"
 	"net/url"
+	"os"
 	"strings"
 
 	docker "github.com/fsouza/go-dockerclient"
@@ -87,4 +90,27 @@ func shown(text string) string {
 		return "(not shown, as it may hold a password)"
 	}
 	return fmt.Sprintf("%q", text)
+}
+
+// maxText bounds what is read of a file that has an option's value, in bytes.
+const maxText = 1 << 20
+
+// readText returns what is in a file that a user has named, without what editors put around it: blanks, line ends, a byte order mark. Its errors
+// show the path as it may be shown: somebody may have put there what belongs into the file.
+func readText(path string) (string, error) {
+	file, err := os.Open(path)
+	if err == nil {
+		defer file.Close()
+		var body []byte
+		if body, err = io.ReadAll(io.LimitReader(file, maxText+1)); err == nil && len(body) <= maxText {
+			return strings.TrimSpace(strings.TrimPrefix(string(body), "\ufeff")), nil
+		}
+	}
+	if err == nil {
+		err = errors.New("longer than 1 MiB")
+	}
+	if in := new(fs.PathError); errors.As(err, &in) {
+		err = in.Err // it repeats the path
+	}
+	return "", fmt.Errorf("%s: %w", shown(path), err)
 }
