@@ -161,14 +161,18 @@ func (e *liveEngine) buildImage(t *testing.T, a *authority) (name string) {
 	name = e.image + "-built"
 	build := readmeCommand(t, "## As a container", "docker build")
 	build = strings.Replace(build, "-t docker-stats-to-backstop ", `-t "$NAME" --network none --force-rm --build-arg GO_IMAGE="$GO_IMAGE" `, 1)
-	out := e.command(t, build, "NAME="+name, "GO_IMAGE="+e.goImage(t, a))
+	out, err := e.tryCommand(t, build, "NAME="+name, "GO_IMAGE="+e.goImage(t, a))
 	t.Cleanup(func() {
 		e.RemoveImageExtended(name, docker.RemoveImageOptions{Force: true})
-		// A builder that is not BuildKit leaves what it was built in.
-		if m := regexp.MustCompile(`---> ([0-9a-f]{12})\nStep \d+/\d+ : FROM scratch`).FindStringSubmatch(out); m != nil {
-			must(t, e.RemoveImageExtended(m[1], docker.RemoveImageOptions{Force: true}))
+		// A builder that is not BuildKit leaves what it was built in, as far as it came.
+		first, _, _ := strings.Cut(out, " : FROM scratch")
+		if steps := allInOrder(`---> ([0-9a-f]{12})\b`, first); len(steps) > 0 {
+			e.RemoveImageExtended(steps[len(steps)-1], docker.RemoveImageOptions{Force: true})
 		}
 	})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
 	return name
 }
 
@@ -306,7 +310,11 @@ func (e *liveEngine) gateway(t *testing.T) string {
 	t.Helper()
 	neighbour, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: e.run(t, "neighbour", "", docker.HostConfig{})})
 	must(t, err)
-	return neighbour.NetworkSettings.Gateway
+	gateway := neighbour.NetworkSettings.Networks["bridge"].Gateway
+	if gateway == "" {
+		t.Fatalf("the engine does not tell the gateway of %+v", neighbour.NetworkSettings)
+	}
+	return gateway
 }
 
 // awaitLogs waits until log has text in it.
