@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -375,12 +374,9 @@ func unpack(packed []byte) ([]byte, error) {
 	r, err := gzip.NewReader(bytes.NewReader(packed))
 	if err == nil {
 		var body []byte
-		if body, err = io.ReadAll(io.LimitReader(r, maxBody+1)); err == nil && len(body) <= maxBody {
+		if body, err = readAtMost(r, maxBody, errors.New("too large")); err == nil {
 			return body, nil
 		}
-	}
-	if err == nil {
-		err = errors.New("too large")
 	}
 	return nil, fmt.Errorf("not a whole gzip file: %s", strings.TrimPrefix(err.Error(), "gzip: "))
 }

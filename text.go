@@ -102,15 +102,21 @@ func readText(path string) (string, error) {
 	if err == nil {
 		defer file.Close()
 		var body []byte
-		if body, err = io.ReadAll(io.LimitReader(file, maxText+1)); err == nil && len(body) <= maxText {
+		if body, err = readAtMost(file, maxText, errors.New("longer than 1 MiB")); err == nil {
 			return strings.TrimSpace(strings.TrimPrefix(string(body), "\ufeff")), nil
 		}
-	}
-	if err == nil {
-		err = errors.New("longer than 1 MiB")
 	}
 	if in := new(fs.PathError); errors.As(err, &in) {
 		err = in.Err // it repeats the path
 	}
 	return "", fmt.Errorf("%s: %w", shown(path), err)
+}
+
+// readAtMost returns all that r has, or tooMuch if that is more than most bytes.
+func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
+	body, err := io.ReadAll(io.LimitReader(r, most+1))
+	if err == nil && int64(len(body)) > most {
+		err = tooMuch
+	}
+	return body, err
 }
