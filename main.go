@@ -244,10 +244,10 @@ func parseOptions(args []string) (*options, error) {
 	if opts.per, err = parseDetails(per); err != nil {
 		return nil, fmt.Errorf("%s: %w", from("per"), err)
 	}
-	if strings.Contains(spool, "://") {
-		return nil, fmt.Errorf("%s: %s is not the path of a folder", from("spool"), shown(spool))
-	}
 	if spool != "" {
+		if strings.Contains(spool, "://") {
+			return nil, fmt.Errorf("%s: %s is not the path of a folder", from("spool"), shown(spool))
+		}
 		if opts.spool, err = filepath.Abs(spool); err != nil {
 			return nil, fmt.Errorf("%s: %w", from("spool"), err)
 		}
