@@ -187,7 +187,7 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 		q.put(sampled(i, 20))
 		want += asLines(sampled(i, 20))
 	}
-	awaitLog(t, log, "connection refused")
+	awaitText(t, log.String, "connection refused", 1)
 	if listener, err = net.Listen("tcp", address); err != nil {
 		t.Skipf("somebody else has taken the port: %v", err)
 	}
@@ -368,18 +368,16 @@ func sortedLines(text string) string {
 	return strings.Join(allOf(`(?m)^(.*\n)`, text), "")
 }
 
-// awaitLog waits until something is logged.
-func awaitLog(t *testing.T, log *logged, text string) {
+// awaitText waits until what read returns, a log mostly, has text in it so many times.
+func awaitText(t *testing.T, read func() string, text string, times int) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
-		log.mu.Lock()
-		found := strings.Contains(log.text.String(), text)
-		log.mu.Unlock()
-		if found {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		all := read()
+		if strings.Count(all, text) >= times {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("nothing logged of %s", text)
+			t.Fatalf("not %d times %s in\n%s", times, text, all)
 		}
 	}
 }

@@ -62,7 +62,7 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	}
 	file := readFile(t, "deploy/docker-stats-to-backstop.default")
 	for _, name := range allOf(variable, file) {
-		if !slices.Contains(allOf(variable, help), strings.TrimSuffix(name, "_FILE")) {
+		if !slices.Contains(allOf(variable, help), name) {
 			t.Errorf("the file for the systemd unit has %s, which --help has not", name)
 		}
 	}
@@ -304,7 +304,6 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 func TestManPageSaysTheSame(t *testing.T) {
 	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(readFile(t, "deploy/docker-stats-to-backstop.1"), "")
 	page = strings.NewReplacer(`\-`, "-", `\e`, `\`, `\(aq`, "'", `\[u2026]`, "…").Replace(page)
-	words := func(text string) string { return strings.Join(strings.Fields(text), " ") }
 	chapter := func(name string) string {
 		_, rest, found := strings.Cut(page, "\n.SH "+name+"\n")
 		if !found {
@@ -317,7 +316,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 	entries := func(name string) (of []string, explained []string) {
 		for _, entry := range strings.Split(chapter(name), ".TP\n")[1:] {
 			title, text, _ := strings.Cut(entry, "\n")
-			of, explained = append(of, title), append(explained, words(text))
+			of, explained = append(of, title), append(explained, oneLine(text))
 		}
 		return of, explained
 	}
@@ -326,7 +325,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 	examples, help, _ := strings.Cut(help, "\nOptions; ")
 	intro, options, _ := strings.Cut(help, "\n\n")
 	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
-	if got, want := words(text), words(intro); got != strings.Replace(want, "each can", "Each option can", 1) {
+	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can", "Each option can", 1) {
 		t.Errorf("it says %q of the options, --help %q", got, want)
 	}
 	var names, texts []string
@@ -334,7 +333,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 		names = append(names, strings.TrimSuffix(option[1]+", "+option[2], ", "))
 	}
 	for _, text := range regexp.MustCompile(`(?m)^  --\S+(?: +SRV_[A-Z_]+)?`).Split(options, -1)[1:] {
-		texts = append(texts, words(text))
+		texts = append(texts, oneLine(text))
 	}
 	of, explained := entries("OPTIONS")
 	if !slices.Equal(of, names) {
@@ -345,7 +344,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 			t.Errorf("of %s it says\n%s\n--help says\n%s", of[i], explained[i], texts[i])
 		}
 	}
-	commands := func(pattern, text string) string { return words(strings.Join(allInOrder(pattern, text), "\n")) }
+	commands := func(pattern, text string) string { return oneLine(strings.Join(allInOrder(pattern, text), "\n")) }
 	if got, want := commands(`(?s)\.nf\n(.*?)\.fi`, chapter("EXAMPLES")), commands(`(?m)^    +(.*)$`, examples); got != want {
 		t.Errorf("its examples are\n%s\nthose of --help\n%s", got, want)
 	}

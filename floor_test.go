@@ -154,12 +154,8 @@ func switchesOf(pid int) (switches int) {
 
 // Between sweeps nothing wakes it up, nor does it ask for anything.
 func TestNothingHappensBetweenSweeps(t *testing.T) {
-	binary, err := exec.LookPath(program) // see TestMain
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := newStandIn(t)
-	daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--docker="+replayCrowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+newDir(t))
+	daemon := exec.Command(program, "--backstop="+s.URL+"/publish/docker", "--docker="+replayCrowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+newDir(t))
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}

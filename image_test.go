@@ -111,25 +111,14 @@ func listening(t *testing.T, listener net.Listener, a *authority, host string) *
 func (e *liveEngine) goImage(t *testing.T, a *authority) (name string) {
 	t.Helper()
 	dir := t.TempDir()
-	run := func(command *exec.Cmd) []byte {
-		t.Helper()
-		out, err := command.Output()
-		if err != nil {
-			if exit := new(exec.ExitError); errors.As(err, &exit) {
-				err = fmt.Errorf("%w: %s", err, exit.Stderr)
-			}
-			t.Fatalf("%s: %v", command, err)
-		}
-		return out
-	}
+	out, err := exec.Command("go", "env", "-json", "GOROOT", "GOMODCACHE", "GOPROXY").Output()
+	must(t, err)
 	var goEnv struct{ GOROOT, GOMODCACHE, GOPROXY string }
-	must(t, json.Unmarshal(run(exec.Command("go", "env", "-json", "GOROOT", "GOMODCACHE", "GOPROXY")), &goEnv))
+	must(t, json.Unmarshal(out, &goEnv))
 
 	// What go mod download takes, from those that were downloaded already where they were.
-	modules := exec.Command("go", "mod", "download")
-	modules.Env = append(os.Environ(), "GOMODCACHE="+dir+"/cache", "GOFLAGS=-modcacherw",
-		"GOPROXY=file://"+filepath.ToSlash(goEnv.GOMODCACHE)+"/cache/download,"+goEnv.GOPROXY)
-	run(modules)
+	e.command(t, "go mod download", "GOMODCACHE="+dir+"/cache", "GOFLAGS=-modcacherw",
+		"GOPROXY=file://"+goEnv.GOMODCACHE+"/cache/download,"+goEnv.GOPROXY)
 
 	root := dir + "/root"
 	for _, folder := range []string{"/bin", "/usr/local", "/etc/ssl/certs", "/tmp"} {
@@ -287,7 +276,7 @@ func testContainer(t *testing.T, e *liveEngine, image string, a *authority) {
 	// It ends when it is told to, and what could not be delivered is in the volume, for the next one.
 	s.set("", answerWith(500, ""))
 	e.command(t, "docker restart --time 15 "+container)
-	awaitLogs(t, logs, "Backstop fails, keeping metrics")
+	awaitText(t, logs, "Backstop fails, keeping metrics", 1)
 	e.command(t, "docker stop --time 15 "+container)
 	if it, err = e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: container}); err != nil || it.State.ExitCode != 0 {
 		t.Errorf("%v, it ended with %d:\n%s", err, it.State.ExitCode, logs())
@@ -295,7 +284,7 @@ func testContainer(t *testing.T, e *liveEngine, image string, a *authority) {
 	must(t, e.remove(container))
 	s.set("user:password", nil)
 	e.command(t, run)
-	awaitLogs(t, logs, "metrics of the earlier run are delivered")
+	awaitText(t, logs, "metrics of the earlier run are delivered", 1)
 
 	// The certificates are what makes https work.
 	must(t, e.remove(container))
@@ -315,16 +304,6 @@ func (e *liveEngine) gateway(t *testing.T) string {
 		t.Fatalf("the engine does not tell the gateway of %+v", neighbour.NetworkSettings)
 	}
 	return gateway
-}
-
-// awaitLogs waits until log has text in it.
-func awaitLogs(t *testing.T, logs func() string, text string) {
-	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !strings.Contains(logs(), text); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("the log lacks %s:\n%s", text, logs())
-		}
-	}
 }
 
 // listenIn listens in the network namespace of a process.
@@ -402,12 +381,7 @@ func TestComposeTakesTheFile(t *testing.T) {
 		cannot(t, "compose-go cannot be had: %v", err)
 	}
 	var file struct {
-		Services map[string]struct {
-			Environment map[string]string
-			Build       struct {
-				Inline string `json:"dockerfile_inline"`
-			}
-		}
+		Services map[string]struct{ Environment map[string]string }
 	}
 	must(t, json.Unmarshal(out, &file))
 	daemon := file.Services["docker-stats-to-backstop"].Environment

@@ -746,24 +746,12 @@ func TestLiveEngineIsKilled(t *testing.T) {
 		}
 	}
 	count := func() int { return strings.Count(backstop.lines(), ".web.cpu.total ") }
-	says := func(line string, times int) {
-		t.Helper()
-		for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
-			text, err := os.ReadFile(log)
-			must(t, err)
-			if strings.Count(string(text), line) >= times {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("the log lacks %s:\n%s", line, text)
-			}
-		}
-	}
+	logs := func() string { return readFile(t, log) }
 	arrive("at first", 2)
 	own.kill()
-	says(`level=ERROR msg="Docker engine does not answer`, 1)
+	awaitText(t, logs, `level=ERROR msg="Docker engine does not answer`, 1)
 	own.start()
-	says(`level=INFO msg="Docker engine answers"`, 2)
+	awaitText(t, logs, `level=INFO msg="Docker engine answers"`, 2)
 	// Killed, the engine took its containers along.
 	if err := e.StartContainer(e.name(t, "web"), nil); err != nil && !errors.As(err, new(*docker.ContainerAlreadyRunning)) {
 		t.Fatal(err)

@@ -4,9 +4,7 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -46,11 +44,9 @@ func TestLiveOnlyReads(t *testing.T) {
 		}
 		forward.ServeHTTP(w, r)
 	})
-	binary, err := exec.LookPath(program) // see TestMain
-	must(t, err)
 	s := newStandIn(t)
 	var out bytes.Buffer
-	daemon := exec.Command(binary, "--docker="+e.address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
+	daemon := exec.Command(program, "--docker="+e.address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
 	daemon.Stderr = &out
 	must(t, daemon.Start())
 	ended := make(chan error, 1)
@@ -62,7 +58,7 @@ func TestLiveOnlyReads(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("%v\n%s", err, out.String())
 	}
-	if text, err := exec.Command(binary, "--docker="+e.address, "--check").CombinedOutput(); err != nil {
+	if text, err := exec.Command(program, "--docker="+e.address, "--check").CombinedOutput(); err != nil {
 		t.Errorf("--check: %v\n%s", err, text)
 	}
 	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json", "/containers/ID/stats"} {
@@ -109,16 +105,11 @@ func TestLiveBehindAProxy(t *testing.T) {
 			t.Fatal("haproxy does not answer")
 		}
 	}
-	binary, err := exec.LookPath(program) // see TestMain
-	must(t, err)
-	lines, err := exec.Command(binary, "--docker=unix://"+socket, "--once").Output()
+	lines, err := exec.Command(program, "--docker=unix://"+socket, "--once").Output()
 	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") || !strings.Contains(string(lines), ".seen.uptime ") || !strings.Contains(string(lines), ".containers.running ") {
 		t.Errorf("%v\n%s", err, lines)
 	}
 
-	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	}}}
 	for _, refused := range [][2]string{
 		{"POST", "/containers/" + id + "/kill"}, {"DELETE", "/containers/" + id}, {"POST", "/containers/create"}, {"GET", "/images/json"},
 		{"GET", "/containers/" + id + "/logs?stdout=1"}, {"GET", "/containers/" + id + "/archive?path=/"}, {"GET", "/containers/../images/json"},
@@ -126,7 +117,7 @@ func TestLiveBehindAProxy(t *testing.T) {
 	} {
 		req, err := http.NewRequest(refused[0], "http://engine"+refused[1], nil)
 		must(t, err)
-		resp, err := client.Do(req)
+		resp, err := behind.HTTPClient.Do(req) // which dials the socket, whatever the host
 		must(t, err)
 		io.Copy(io.Discard, resp.Body)
 		resp.Body.Close()

@@ -211,6 +211,13 @@ func (l *logged) Write(p []byte) (int, error) {
 	return l.text.Write(p)
 }
 
+// String returns the lines since the last take.
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
 // take returns the lines since the last call, without their times.
 func (l *logged) take() string {
 	l.mu.Lock()

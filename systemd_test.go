@@ -44,14 +44,10 @@ func TestSystemdIsTold(t *testing.T) {
 		}
 	}
 
-	binary, err := exec.LookPath(program) // see TestMain
-	if err != nil {
-		t.Fatal(err)
-	}
 	engine, s := newReplay(t, "cgroup2"), newStandIn(t)
 	s.set("", answerWith(503, ""))
 	var out bytes.Buffer
-	daemon := exec.Command(binary, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker", "--poll=1s")
+	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker", "--poll=1s")
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(), "WATCHDOG_USEC=2000000")
 	daemon.Stderr = &out
 	if err := daemon.Start(); err != nil {
