@@ -813,7 +813,9 @@ func (e *ownEngine) start() {
 	must(e.t, err)
 	defer log.Close()
 	for range 3 {
+		// In the new namespace these numbers are others', dockerd's own threads for one, which it takes for what still runs.
 		os.Remove(e.dir + "/docker.pid")
+		os.Remove(e.dir + "/exec/containerd/containerd.pid")
 		e.dockerd = exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child",
 			"sh", "-c", `/bin/busybox ip link set lo up && exec dockerd "$@"`, "sh", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec", "--pidfile="+e.dir+"/docker.pid")
 		e.dockerd.Stdout, e.dockerd.Stderr = log, log
