@@ -68,9 +68,6 @@ type sweepResult struct {
 	err     error // why the engine as a whole could not be asked, if it could not
 }
 
-// errStopped tells that a container stopped between the list and the question.
-var errStopped = errors.New("it stopped while it was asked")
-
 // hostName is the name of the host in its metrics, one node of a path: what --host says,
 // else the engine's own name, else, until that is known, this machine's.
 func (c *collector) hostName() string {
@@ -449,21 +446,4 @@ func (c *collector) sample(ctx context.Context, known *container, start time.Tim
 		f.addCount(".health", 0)
 	}
 	return nil
-}
-
-// isGone tells whether err says that a container does not run any more.
-func isGone(err error) bool {
-	var removed *docker.NoSuchContainer
-	return errors.Is(err, errStopped) || errors.As(err, &removed)
-}
-
-// isConnectionError tells whether err came before there was an answer, but not for want of
-// time: the container it came with may have nothing to do with it.
-func isConnectionError(err error) bool {
-	var (
-		status *docker.Error
-		late   noAnswer
-		body   rubbish
-	)
-	return err != nil && !isGone(err) && !errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
 }

@@ -15,7 +15,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -206,6 +208,31 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	return header.Get("Server"), nil
 }
 
+// count is a number that an engine may have sent. It takes no allocation, as a pointer does.
+type count struct {
+	n    uint64
+	sent bool
+}
+
+func counted(n uint64) count { return count{n, true} }
+
+// UnmarshalJSON takes null for not sent, as encoding/json does where it can.
+func (c *count) UnmarshalJSON(text []byte) error {
+	if string(text) == "null" {
+		return nil
+	}
+	n, err := strconv.ParseUint(string(text), 10, 64)
+	if err != nil {
+		kind := kindOf(text)
+		if kind == "number" {
+			kind += " " + string(text)
+		}
+		return &json.UnmarshalTypeError{Value: kind, Type: reflect.TypeFor[uint64]()}
+	}
+	*c = counted(n)
+	return nil
+}
+
 // info is what is used of what an engine tells about itself.
 type info struct {
 	Name    string // that of its host
@@ -316,15 +343,30 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	return resp.Header, nil
 }
 
-// noAnswer is the error of a call that took as long as it says.
-type noAnswer time.Duration
-
-func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
-
 // rubbish is the error of an answer that makes no sense.
 type rubbish struct{ error }
 
 func (r rubbish) Unwrap() error { return r.error }
+
+// errStopped tells that a container stopped between the list and the question.
+var errStopped = errors.New("it stopped while it was asked")
+
+// isGone tells whether err says that a container does not run any more.
+func isGone(err error) bool {
+	var removed *docker.NoSuchContainer
+	return errors.Is(err, errStopped) || errors.As(err, &removed)
+}
+
+// isConnectionError tells whether err came before there was an answer, but not for want of
+// time: the container it came with may have nothing to do with it.
+func isConnectionError(err error) bool {
+	var (
+		status *docker.Error
+		late   noAnswer
+		body   rubbish
+	)
+	return err != nil && !isGone(err) && !errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
+}
 
 // engineHint returns what to do about an engine that cannot be reached, behind a "; ",
 // or nothing.

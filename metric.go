@@ -138,3 +138,47 @@ func lastOf(body []byte) []byte {
 	}
 	return body
 }
+
+// Lengths in bytes. Carbon makes a folder of each node, and a file name holds no more on any
+// common file system; and it hangs up on whoever sends a line of over 16,384 bytes.
+const (
+	maxNode = 255
+	maxPath = 1024
+)
+
+// graphitePath makes name a path that is safe on the wire and in Graphite: nodes of
+// [A-Za-z0-9_-] between single dots. Every other character becomes "_"; empty nodes go.
+// Neither Backstop nor Carbon checks a name, and a newline, say, would start a second
+// metric of the name's own choosing.
+func graphitePath(name string) string {
+	nodes := strings.FieldsFunc(name, func(r rune) bool { return r == '.' })
+	for i, node := range nodes {
+		nodes[i] = graphiteNode(node)
+	}
+	path := strings.Join(nodes, ".")
+	return strings.TrimSuffix(path[:min(len(path), maxPath)], ".")
+}
+
+// isGraphitePath tells whether name is what graphitePath makes, with or without a metric's own name
+// behind it.
+func isGraphitePath(name string) bool {
+	for node := range strings.SplitSeq(name, ".") {
+		if node == "" || graphiteNode(node) != node {
+			return false
+		}
+	}
+	return len(name) <= 2*maxPath
+}
+
+// graphiteNode makes name one single node of a Graphite path.
+func graphiteNode(name string) string {
+	node := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-':
+			return r
+		default:
+			return '_'
+		}
+	}, name)
+	return node[:min(len(node), maxNode)]
+}

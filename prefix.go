@@ -3,6 +3,7 @@ package main
 import (
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -125,46 +126,23 @@ func ownPath(name string) string {
 	return "_" // no engine has such a name; if one had, this keeps the metrics' own names whole
 }
 
-// Lengths in bytes. Carbon makes a folder of each node, and a file name holds no more on any
-// common file system; and it hangs up on whoever sends a line of over 16,384 bytes.
-const (
-	maxNode = 255
-	maxPath = 1024
-)
+// What Expand takes for a reference, and what fillIn does.
+var templateRefs = regexp.MustCompile(`^\$(?:\$|([\pL\p{Nd}_]+)|\{([\pL\p{Nd}_]+|label:[^{}]+)\})`)
 
-// graphitePath makes name a path that is safe on the wire and in Graphite: nodes of
-// [A-Za-z0-9_-] between single dots. Every other character becomes "_"; empty nodes go.
-// Neither Backstop nor Carbon checks a name, and a newline, say, would start a second
-// metric of the name's own choosing.
-func graphitePath(name string) string {
-	nodes := strings.FieldsFunc(name, func(r rune) bool { return r == '.' })
-	for i, node := range nodes {
-		nodes[i] = graphiteNode(node)
+// templateRef returns what a template that starts with "$" refers to: the name of a group, "host", "label:" and a key, "" for "$$"; and the length
+// of that reference, 0 where it is none.
+func templateRef(template string) (ref string, length int) {
+	m := templateRefs.FindStringSubmatch(template)
+	if m == nil {
+		return "", 0
 	}
-	path := strings.Join(nodes, ".")
-	return strings.TrimSuffix(path[:min(len(path), maxPath)], ".")
+	return m[1] + m[2], len(m[0])
 }
 
-// isGraphitePath tells whether name is what graphitePath makes, with or without a metric's own name
-// behind it.
-func isGraphitePath(name string) bool {
-	for node := range strings.SplitSeq(name, ".") {
-		if node == "" || graphiteNode(node) != node {
-			return false
-		}
+func hasGroup(re *regexp.Regexp, group string) bool {
+	// As Expand does, which takes $01 for a group named "01".
+	if n, err := strconv.Atoi(group); err == nil && strconv.Itoa(n) == group {
+		return n <= re.NumSubexp()
 	}
-	return len(name) <= 2*maxPath
-}
-
-// graphiteNode makes name one single node of a Graphite path.
-func graphiteNode(name string) string {
-	node := strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-':
-			return r
-		default:
-			return '_'
-		}
-	}, name)
-	return node[:min(len(node), maxNode)]
+	return re.SubexpIndex(group) >= 0
 }

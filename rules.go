@@ -8,50 +8,33 @@ import (
 	"regexp"
 	"regexp/syntax"
 	"slices"
-	"strconv"
 	"strings"
 	"unicode"
 )
 
-// How to get a --prefix unharmed through whatever stands between the user and us. Each
-// form was tried on what it names; the README shows them too.
+// quoting shows how to get a rule unharmed through a shell or systemd, as the README does.
+// Each form was tried.
 const quoting = `put the whole of it in single quotes; ` +
 	`in a shell: --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
-	`in a systemd unit, with the backslashes doubled again: '--prefix={"regexp":"(.*)\\\\..*\\\\.(.*)\\\\..*","into":"$1.$2"}'; ` +
-	`in a systemd EnvironmentFile: SRV_PREFIX='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
+	`in a systemd unit, with the backslashes doubled again: ` +
+	`'--prefix={"regexp":"(.*)\\\\..*\\\\.(.*)\\\\..*","into":"$1.$2"}'; ` +
+	`in a systemd EnvironmentFile: ` +
+	`SRV_PREFIX='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
 	`or put it into a file: --prefix=@/etc/docker-stats-to-backstop.json`
 
-// form is the remedy where nothing more exact can be said.
+// form is the remedy of errors that have no better one.
 const form = `the form is {"regexp":"…","into":"…"}, or a list of such: [{…},{…}]`
 
-// parseRules reads what is given to --prefix: a rule in JSON, a list of them, or @ and the file that has them. Its errors are
-// one line that says what is wrong and how to mend it.
+// parseRules reads the value of --prefix: a rule in JSON, a list of rules, or @ and the path of
+// a file with them. An error is one line that says what is wrong and what to write instead.
 func parseRules(text string) (rules, error) {
-	source := ruleSource{text: text}
-	if path, ok := strings.CutPrefix(text, "@"); ok {
-		body, err := readText(path)
-		if err != nil {
-			return nil, fmt.Errorf("%w: @ and the path of a file that can be read is wanted", err)
-		}
-		source = ruleSource{body, path}
-	} else if !strings.HasPrefix(text, "{") && !strings.HasPrefix(text, "[") && strings.Contains(text, "://") {
-		return nil, fmt.Errorf("not a rule, and %s; %s", shown(text), form) // such as the next option, for want of a value
+	source, err := openRules(text)
+	if err != nil {
+		return nil, err
 	}
-	var all json.RawMessage
-	if err := json.Unmarshal([]byte(source.text), &all); err != nil {
-		return nil, source.explain(err)
-	}
-	list, isList := []json.RawMessage{all}, all[0] == '['
-	switch {
-	case isList:
-		if err := json.Unmarshal(all, &list); err != nil {
-			return nil, source.explain(err)
-		}
-		if len(list) == 0 {
-			return nil, source.in(errors.New("the list has no rule in it; " + form))
-		}
-	case all[0] != '{':
-		return nil, source.in(fmt.Errorf("a JSON %s where an object or a list is wanted; %s", kindOf(all), form))
+	list, isList, err := source.split()
+	if err != nil {
+		return nil, source.in(err)
 	}
 	var rs rules
 	for i, raw := range list {
@@ -70,10 +53,47 @@ func parseRules(text string) (rules, error) {
 	return rs, nil
 }
 
-// ruleSource is where rules were read from.
+// ruleSource is the text of rules, and the file it was read from, if any.
 type ruleSource struct{ text, file string }
 
-// in says which file an error is about.
+// openRules returns text as a source, or the file that it names.
+func openRules(text string) (ruleSource, error) {
+	if path, ok := strings.CutPrefix(text, "@"); ok {
+		body, err := readText(path)
+		if err != nil {
+			err = fmt.Errorf("%w: @ and the path of a file that can be read is wanted", err)
+		}
+		return ruleSource{body, path}, err
+	}
+	isJSON := strings.HasPrefix(text, "{") || strings.HasPrefix(text, "[")
+	if !isJSON && strings.Contains(text, "://") {
+		// --prefix without a value takes the next option for it.
+		return ruleSource{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
+	}
+	return ruleSource{text: text}, nil
+}
+
+// split returns the rules of the source as JSON, and whether they stand in a list.
+func (s ruleSource) split() (list []json.RawMessage, isList bool, err error) {
+	var all json.RawMessage
+	if err := json.Unmarshal([]byte(s.text), &all); err != nil {
+		return nil, false, s.explain(err)
+	}
+	switch all[0] {
+	case '{':
+		return []json.RawMessage{all}, false, nil
+	case '[':
+		json.Unmarshal(all, &list) // all is known to be JSON
+		if len(list) == 0 {
+			return nil, true, errors.New("the list has no rule in it; " + form)
+		}
+		return list, true, nil
+	}
+	const wrong = "a JSON %s where an object or a list is wanted; %s"
+	return nil, false, fmt.Errorf(wrong, kindOf(all), form)
+}
+
+// in puts the name of the file before an error.
 func (s ruleSource) in(err error) error {
 	if s.file == "" {
 		return err
@@ -81,16 +101,17 @@ func (s ruleSource) in(err error) error {
 	return fmt.Errorf("%s: %w", s.file, err)
 }
 
-// at says where in the source a byte is, counted from 1.
+// at describes the place of a byte of the source, counted from 1.
 func (s ruleSource) at(offset int) string {
 	if s.file == "" {
 		return fmt.Sprintf("byte %d of %s", offset, oneLine(s.text))
 	}
 	before := s.text[:min(max(offset-1, 0), len(s.text))]
-	return fmt.Sprintf("line %d, column %d", strings.Count(before, "\n")+1, len(before)-strings.LastIndex(before, "\n"))
+	line, column := strings.Count(before, "\n")+1, len(before)-strings.LastIndex(before, "\n")
+	return fmt.Sprintf("line %d, column %d", line, column)
 }
 
-// remedy is how to keep backslashes and quotes in what is not a file.
+// remedy says how to keep backslashes.
 func (s ruleSource) remedy() string {
 	if s.file == "" {
 		return "systemd or a shell took it out, or it was never there; " + quoting
@@ -98,56 +119,58 @@ func (s ruleSource) remedy() string {
 	return "in JSON, write each of them twice"
 }
 
-// explain turns an error of encoding/json into what its reader has to do.
+// explain says what to do about an error of encoding/json.
 func (s ruleSource) explain(err error) error {
 	var wrong *json.SyntaxError
-	errors.As(err, &wrong) // there is no other error for a json.RawMessage
+	errors.As(err, &wrong) // a json.RawMessage has no other error
 	at := s.at(int(wrong.Offset))
+	unquoted := !strings.Contains(s.text, `"`) && strings.ContainsAny(s.text, "{:")
 	switch {
 	case s.text == "":
-		err = errors.New("empty; " + form)
-	case s.file == "" && !strings.Contains(s.text, `"`) && strings.ContainsAny(s.text, "{:"):
-		err = fmt.Errorf("it arrived without its double quotes, as %s: systemd or a shell took them out; %s", oneLine(s.text), quoting)
+		return errors.New("empty; " + form)
+	case s.file == "" && unquoted:
+		return fmt.Errorf("it arrived without its double quotes, as %s: "+
+			"systemd or a shell took them out; %s", oneLine(s.text), quoting)
 	case strings.Contains(err.Error(), "in string escape code"):
-		err = fmt.Errorf(`there is a single backslash before %s, and the \. of a regexp is \\. in JSON: %s`, at, s.remedy())
+		return fmt.Errorf(`there is a single backslash before %s, `+
+			`and the \. of a regexp is \\. in JSON: %s`, at, s.remedy())
 	case strings.Contains(err.Error(), "after top-level value"):
-		err = fmt.Errorf("something follows the JSON, at %s; leave only the rule or the list", at)
+		return fmt.Errorf("something follows the JSON, at %s; leave only the rule or the list", at)
 	case strings.Contains(err.Error(), "unexpected end"):
-		err = fmt.Errorf("the JSON ends too early, at %s; %s", at, form)
-	default:
-		err = fmt.Errorf("not JSON, at %s: %w; %s", at, err, form)
+		return fmt.Errorf("the JSON ends too early, at %s; %s", at, form)
 	}
-	return s.in(err)
+	return fmt.Errorf("not JSON, at %s: %w; %s", at, err, form)
 }
 
 var ruleKeys = []string{"regexp", "into", "from", "category", "drop"}
 
 // parseRule reads one rule.
-func (s ruleSource) parseRule(raw json.RawMessage) (rule, error) {
+func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	if raw[0] != '{' {
-		return rule{}, fmt.Errorf("a JSON %s where an object is wanted; %s", kindOf(raw), form)
+		return r, fmt.Errorf("a JSON %s where an object is wanted; %s", kindOf(raw), form)
 	}
+	r.from = "name"
 	var (
-		r       = rule{from: "name"}
-		pattern *string
+		pattern string
 		given   = map[string]bool{}
 		decoder = json.NewDecoder(bytes.NewReader(raw))
 	)
 	decoder.Token() // the brace; raw is known to be JSON
 	for decoder.More() {
 		token, _ := decoder.Token()
-		key := strings.ToLower(token.(string)) // as encoding/json has it
+		key := strings.ToLower(token.(string)) // encoding/json ignores case too
 		var value json.RawMessage
 		decoder.Decode(&value)
+		if !slices.Contains(ruleKeys, key) {
+			return r, fmt.Errorf("unknown key %q; the keys are %s", token, strings.Join(ruleKeys, ", "))
+		}
 		if given[key] {
-			return rule{}, fmt.Errorf("the key %q is there twice", key)
+			return r, fmt.Errorf("the key %q is there twice", key)
 		}
 		given[key] = true
-		var err error
 		switch key {
 		case "regexp":
-			pattern = new(string)
-			*pattern, err = s.stringOf(key, value)
+			pattern, err = s.stringOf(key, value)
 		case "into":
 			r.rename = true
 			r.into, err = s.stringOf(key, value)
@@ -156,111 +179,111 @@ func (s ruleSource) parseRule(raw json.RawMessage) (rule, error) {
 		case "category":
 			r.category, err = s.stringOf(key, value)
 		case "drop":
-			if err = json.Unmarshal(value, &r.drop); err != nil || kindOf(value) == "null" {
-				err = fmt.Errorf("%q is a JSON %s where true or false is wanted", key, kindOf(value))
-			}
-		default:
-			err = fmt.Errorf("unknown key %q; did you mean %q? The keys are %s", token, nearest(key, ruleKeys), strings.Join(ruleKeys, ", "))
+			r.drop, err = boolOf(key, value)
 		}
 		if err != nil {
-			return rule{}, err
+			return r, err
 		}
 	}
-	if pattern == nil {
-		return rule{}, errors.New(`the key "regexp" is missing; ` + form)
+	if !given["regexp"] {
+		return r, errors.New(`the key "regexp" is missing; ` + form)
 	}
-	if err := r.checkFrom(); err != nil {
-		return rule{}, err
-	}
-	var err error
-	if r.regexp, err = regexp.Compile(*pattern); err != nil {
-		return rule{}, explainRegexp(*pattern, err)
-	}
-	if err := checkTemplate(r.into, r.regexp); err != nil {
-		return rule{}, err
-	}
-	if r.category != "" {
-		r.category = graphiteNode(r.category)
-		switch r.category {
-		case "total", "running", "paused", "stopped":
-			return rule{}, fmt.Errorf("the category %q is taken: <host>.containers.%[1]s is another figure; choose another name", r.category)
-		case "max", "min", "count":
-			return rule{}, fmt.Errorf("no category can be called %q: Carbon aggregates metrics with such an ending differently; choose another name", r.category)
-		}
-	}
-	return r, nil
+	return r, r.compile(pattern)
 }
 
 // stringOf reads the string that is the value of a key.
 func (s ruleSource) stringOf(key string, value json.RawMessage) (text string, err error) {
 	if kindOf(value) != "string" {
-		return "", fmt.Errorf("%q is a JSON %s where a string is wanted; %s", key, kindOf(value), form)
+		const wrong = "%q is a JSON %s where a string is wanted; %s"
+		return "", fmt.Errorf(wrong, key, kindOf(value), form)
 	}
 	if err := json.Unmarshal(value, &text); err != nil {
 		return "", err
 	}
-	// In JSON, \b is a backspace and \t a tab, which neither a name nor a regular expression has.
+	// In JSON, \b is a backspace and \t a tab. Neither a name nor a regexp has these.
 	if strings.IndexFunc(text, unicode.IsControl) >= 0 {
-		return "", fmt.Errorf("%q has a single backslash, which JSON takes for a control character, in %s: %s", key, oneLine(string(value)), s.remedy())
+		return "", fmt.Errorf("%q has a single backslash, "+
+			"which JSON takes for a control character, in %s: %s", key, oneLine(string(value)), s.remedy())
 	}
 	return text, nil
 }
 
-// kindOf is what JSON calls a value.
-func kindOf(value json.RawMessage) string {
-	switch value[0] {
-	case '{':
-		return "object"
-	case '[':
-		return "array"
-	case '"':
-		return "string"
-	case 't', 'f':
-		return "boolean"
-	case 'n':
-		return "null"
+// boolOf reads the boolean that is the value of a key.
+func boolOf(key string, value json.RawMessage) (bool, error) {
+	if kindOf(value) != "boolean" {
+		return false, fmt.Errorf("%q is a JSON %s where true or false is wanted", key, kindOf(value))
 	}
-	return "number"
+	return value[0] == 't', nil
 }
 
-// checkFrom refuses what there is not to see.
+// compile checks the values of r, and compiles its pattern.
+func (r *rule) compile(pattern string) (err error) {
+	if err := r.checkFrom(); err != nil {
+		return err
+	}
+	if r.regexp, err = regexp.Compile(pattern); err != nil {
+		return explainRegexp(pattern, err)
+	}
+	if err := checkTemplate(r.into, r.regexp); err != nil {
+		return err
+	}
+	if r.category == "" {
+		return nil
+	}
+	r.category = graphiteNode(r.category)
+	switch r.category {
+	case "total", "running", "paused", "stopped":
+		return fmt.Errorf("the category %q is taken: "+
+			"<host>.containers.%[1]s is another figure; choose another name", r.category)
+	case "max", "min", "count":
+		return fmt.Errorf("no category can be called %q: "+
+			"Carbon aggregates metrics with such an ending differently; choose another name", r.category)
+	}
+	return nil
+}
+
+// checkFrom refuses a "from" that rules cannot see.
 func (r *rule) checkFrom() error {
 	key, isLabel := strings.CutPrefix(r.from, "label:")
 	switch {
 	case isLabel && key != "", r.from == "name", r.from == "image", r.from == "id":
 		return nil
 	case isLabel || r.from == "label":
-		return errors.New(`"from" names no label: want "label:" and its key, such as "label:com.docker.compose.project"`)
+		return errors.New(`"from" names no label: ` +
+			`want "label:" and its key, such as "label:com.docker.compose.project"`)
 	}
-	return fmt.Errorf(`"from" is %q; want "name", "image", "id", or "label:" and a label's key; did you mean %q?`, r.from,
-		nearest(r.from, []string{"name", "image", "id"}))
+	const wrong = `"from" is %q; want "name", "image", "id", or "label:" and a label's key`
+	return fmt.Errorf(wrong, r.from)
 }
 
-// useful refuses a rule that has no effect behind the rules rs.
+// useful refuses a rule that has no effect after the rules rs.
 func (rs rules) useful(r rule, last bool) error {
 	switch {
 	case r.drop && (r.rename || r.category != ""):
-		return errors.New(`"drop" leaves the container out altogether, so "into" and "category" do nothing beside it; leave them out`)
+		return errors.New(`"drop" leaves the container out altogether, ` +
+			`so "into" and "category" do nothing beside it; leave them out`)
 	case last && !r.drop && !r.rename && r.category == "":
-		return errors.New(`it does nothing, and no rule follows that it could keep from a container; give it an "into", a "category" or a "drop", or leave it out`)
+		return errors.New(`it does nothing, and no rule follows that it could keep from a container; ` +
+			`give it an "into", a "category" or a "drop", or leave it out`)
 	}
 	for i, before := range rs {
 		if strings.Contains(before.into, "${label:") {
 			continue // it does not match a container without that label
 		}
+		const unreachable = "it can never be reached: rule %d "
 		isLabel := strings.HasPrefix(before.from, "label:")
 		switch {
 		case before.from == r.from && before.regexp.String() == r.regexp.String():
-			return fmt.Errorf("it can never be reached: rule %d has the same regexp; put them together", i+1)
+			return fmt.Errorf(unreachable+"has the same regexp; put them together", i+1)
 		case (before.from == r.from || !isLabel) && matchesAll(before.regexp.String(), isLabel):
-			return fmt.Errorf("it can never be reached: rule %d matches everything it sees; put it behind this one", i+1)
+			return fmt.Errorf(unreachable+"matches everything it sees; put it behind this one", i+1)
 		}
 	}
 	return nil
 }
 
-// matchesAll tells whether a regular expression surely matches every text; anyText says whether that may be empty
-// or have several lines.
+// matchesAll reports whether a regular expression surely matches every text. With anyText, a
+// text may be empty or have several lines.
 func matchesAll(pattern string, anyText bool) bool {
 	re, err := syntax.Parse(pattern, syntax.Perl)
 	if err != nil {
@@ -270,6 +293,16 @@ func matchesAll(pattern string, anyText bool) bool {
 	if parts[0].Op == syntax.OpConcat {
 		parts = parts[0].Sub
 	}
+	parts, anchored := withoutAnchors(parts)
+	if len(parts) == 1 && takesAll(withoutGroups(parts[0]), anyText) {
+		return true
+	}
+	// Else it matches every text if it matches nothing, somewhere.
+	return !anchored && !slices.ContainsFunc(parts, neverEmpty)
+}
+
+// withoutAnchors removes ^ from the start and $ from the end. It reports whether both were there.
+func withoutAnchors(parts []*syntax.Regexp) (rest []*syntax.Regexp, both bool) {
 	begins, ends := false, false
 	for len(parts) > 0 && parts[0].Op == syntax.OpBeginText {
 		begins, parts = true, parts[1:]
@@ -277,19 +310,19 @@ func matchesAll(pattern string, anyText bool) bool {
 	for len(parts) > 0 && parts[len(parts)-1].Op == syntax.OpEndText {
 		ends, parts = true, parts[:len(parts)-1]
 	}
-	if len(parts) == 1 {
-		what := withoutGroups(parts[0])
-		if what.Op == syntax.OpStar || what.Op == syntax.OpPlus && !anyText {
-			if of := withoutGroups(what.Sub[0]).Op; of == syntax.OpAnyChar || of == syntax.OpAnyCharNotNL && !anyText {
-				return true
-			}
-		}
-	}
-	// Else it does if it matches nothing, somewhere.
-	return !(begins && ends) && !slices.ContainsFunc(parts, func(re *syntax.Regexp) bool { return !matchesEmpty(re) })
+	return parts, begins && ends
 }
 
-// matchesEmpty tells whether re surely matches the empty text, wherever that is.
+// takesAll reports whether re is .* or .+ and so matches a whole text. See matchesAll.
+func takesAll(re *syntax.Regexp, anyText bool) bool {
+	if re.Op != syntax.OpStar && (re.Op != syntax.OpPlus || anyText) {
+		return false
+	}
+	of := withoutGroups(re.Sub[0]).Op
+	return of == syntax.OpAnyChar || of == syntax.OpAnyCharNotNL && !anyText
+}
+
+// matchesEmpty reports whether re surely matches the empty text, wherever that is.
 func matchesEmpty(re *syntax.Regexp) bool {
 	switch re.Op {
 	case syntax.OpEmptyMatch, syntax.OpStar, syntax.OpQuest:
@@ -299,14 +332,16 @@ func matchesEmpty(re *syntax.Regexp) bool {
 	case syntax.OpCapture, syntax.OpPlus:
 		return matchesEmpty(re.Sub[0])
 	case syntax.OpConcat:
-		return !slices.ContainsFunc(re.Sub, func(re *syntax.Regexp) bool { return !matchesEmpty(re) })
+		return !slices.ContainsFunc(re.Sub, neverEmpty)
 	case syntax.OpAlternate:
 		return slices.ContainsFunc(re.Sub, matchesEmpty)
 	}
 	return false
 }
 
-// withoutGroups is what is in the parentheses around all of re.
+func neverEmpty(re *syntax.Regexp) bool { return !matchesEmpty(re) }
+
+// withoutGroups removes the parentheses around all of re.
 func withoutGroups(re *syntax.Regexp) *syntax.Regexp {
 	for re.Op == syntax.OpCapture {
 		re = re.Sub[0]
@@ -314,14 +349,14 @@ func withoutGroups(re *syntax.Regexp) *syntax.Regexp {
 	return re
 }
 
-// explainRegexp says where in a pattern the mistake is that Compile found.
+// explainRegexp adds to an error of Compile where in the pattern the mistake is.
 func explainRegexp(pattern string, err error) error {
 	at := 1
 	var wrong *syntax.Error
 	if errors.As(err, &wrong) && wrong.Expr != pattern && strings.Count(pattern, wrong.Expr) == 1 {
 		at += strings.Index(pattern, wrong.Expr)
 	} else {
-		// Behind the longest start that is well.
+		// The mistake follows the longest start that parses.
 		for end := len(pattern) - 1; end > 0; end-- {
 			if _, err := syntax.Parse(pattern[:end], syntax.Perl); err == nil {
 				at += end
@@ -329,38 +364,13 @@ func explainRegexp(pattern string, err error) error {
 			}
 		}
 	}
-	return fmt.Errorf(`in "regexp": %s, at byte %d of %s; the syntax is that of https://pkg.go.dev/regexp/syntax`,
+	return fmt.Errorf(`in "regexp": %s, at byte %d of %s; `+
+		`the syntax is that of https://pkg.go.dev/regexp/syntax`,
 		strings.TrimPrefix(oneLine(err.Error()), "error parsing regexp: "), at, pattern)
 }
 
-// nearest returns the one of the words that is most like word.
-func nearest(word string, words []string) string {
-	return slices.MinFunc(words, func(a, b string) int { return distance(word, a) - distance(word, b) })
-}
-
-// distance is that of Levenshtein: how many letters have to be put in, taken out or changed.
-func distance(a, b string) int {
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			changed := diagonal
-			if a[i] != b[j] {
-				changed++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(changed, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
-}
-
-// checkTemplate refuses a template that names a group re does not have: Expand would
-// silently put nothing in its place.
+// checkTemplate refuses a template with a group that re does not have: Expand would silently put
+// nothing in its place.
 func checkTemplate(template string, re *regexp.Regexp) error {
 	for i := 0; i < len(template); {
 		if template[i] != '$' {
@@ -368,44 +378,26 @@ func checkTemplate(template string, re *regexp.Regexp) error {
 			continue
 		}
 		group, length := templateRef(template[i:])
-		if length == 0 { // a "$" that Expand leaves as it is
-			return fmt.Errorf(`in "into": the $ at byte %d of %s names no group; write $$ for a dollar sign`, i+1, template)
+		if length == 0 { // Expand leaves such a "$" as it is
+			return fmt.Errorf(`in "into": the $ at byte %d of %s names no group; `+
+				`write $$ for a dollar sign`, i+1, template)
 		}
-		known := group == "" || group == "host" || strings.HasPrefix(group, "label:") || hasGroup(re, group)
-		if !known {
+		isOwn := group == "" || group == "host" || strings.HasPrefix(group, "label:")
+		if !isOwn && !hasGroup(re, group) {
 			remedy := fmt.Sprintf("the regexp has %s", groups(re))
 			if braced, rest := splitGroup(re, group); braced != "" && template[i+1] != '{' {
-				remedy = fmt.Sprintf("write ${%s}%s, since a group's name goes on as long as there are letters, digits and underscores", braced, rest)
+				remedy = fmt.Sprintf("write ${%s}%s, since a group's name goes on "+
+					"as long as there are letters, digits and underscores", braced, rest)
 			}
-			return fmt.Errorf(`in "into": %s names the group %q, which the regexp does not have; %s`, template[i:i+length], group, remedy)
+			return fmt.Errorf(`in "into": %s names the group %q, which the regexp does not have; %s`,
+				template[i:i+length], group, remedy)
 		}
 		i += length
 	}
 	return nil
 }
 
-// What Expand takes for a reference, and what fillIn does.
-var templateRefs = regexp.MustCompile(`^\$(?:\$|([\pL\p{Nd}_]+)|\{([\pL\p{Nd}_]+|label:[^{}]+)\})`)
-
-// templateRef returns what a template that starts with "$" refers to: the name of a group, "host", "label:" and a key, "" for "$$"; and the length
-// of that reference, 0 where it is none.
-func templateRef(template string) (ref string, length int) {
-	m := templateRefs.FindStringSubmatch(template)
-	if m == nil {
-		return "", 0
-	}
-	return m[1] + m[2], len(m[0])
-}
-
-func hasGroup(re *regexp.Regexp, group string) bool {
-	// As Expand does, which takes $01 for a group named "01".
-	if n, err := strconv.Atoi(group); err == nil && strconv.Itoa(n) == group {
-		return n <= re.NumSubexp()
-	}
-	return re.SubexpIndex(group) >= 0
-}
-
-// splitGroup returns the longest start of group that is a group of re, and what is left.
+// splitGroup returns the longest start of group that is a group of re, and the rest.
 func splitGroup(re *regexp.Regexp, group string) (found, rest string) {
 	for end := len(group) - 1; end > 0; end-- {
 		if hasGroup(re, group[:end]) || group[:end] == "host" {
@@ -415,7 +407,7 @@ func splitGroup(re *regexp.Regexp, group string) (found, rest string) {
 	return "", group
 }
 
-// groups says which groups re has.
+// groups describes the groups of re.
 func groups(re *regexp.Regexp) string {
 	switch n := re.NumSubexp(); n {
 	case 0:

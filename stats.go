@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"math"
-	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -103,31 +102,6 @@ type blkioEntry struct {
 	Minor uint64 `json:"minor"`
 	Op    string `json:"op"` // read, write and others; cgroup v1 writes them with a capital
 	Value uint64 `json:"value"`
-}
-
-// count is a number that an engine may have sent. It takes no allocation, as a pointer does.
-type count struct {
-	n    uint64
-	sent bool
-}
-
-func counted(n uint64) count { return count{n, true} }
-
-// UnmarshalJSON takes null for not sent, as encoding/json does where it can.
-func (c *count) UnmarshalJSON(text []byte) error {
-	if string(text) == "null" {
-		return nil
-	}
-	n, err := strconv.ParseUint(string(text), 10, 64)
-	if err != nil {
-		kind := kindOf(text)
-		if kind == "number" {
-			kind += " " + string(text)
-		}
-		return &json.UnmarshalTypeError{Value: kind, Type: reflect.TypeFor[uint64]()}
-	}
-	*c = counted(n)
-	return nil
 }
 
 // decodeStats reads a stats answer. One of a container that does not run, which has no

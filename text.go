@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"time"
 
 	docker "github.com/fsouza/go-dockerclient"
 )
@@ -120,3 +121,25 @@ func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	}
 	return body, err
 }
+
+// kindOf is what JSON calls a value.
+func kindOf(value []byte) string {
+	switch value[0] {
+	case '{':
+		return "object"
+	case '[':
+		return "array"
+	case '"':
+		return "string"
+	case 't', 'f':
+		return "boolean"
+	case 'n':
+		return "null"
+	}
+	return "number"
+}
+
+// noAnswer is the error of a call that took as long as it says.
+type noAnswer time.Duration
+
+func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
