@@ -76,7 +76,7 @@ func BenchmarkSweep(b *testing.B) {
 	s.set("", answerWith(http.StatusOK, "ok"))
 	target := mustBackstop(b, s.URL+"/publish/docker")
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	c := &collector{engine: e, log: log}
+	c := newCollector(e, nil, log)
 	q := newQueue(destination{"Backstop", encode, target.post}, 256<<20, log)
 	c.sweep(b.Context()) // which asks for more
 	b.ReportAllocs()

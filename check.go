@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"slices"
 	"strconv"
@@ -13,20 +14,24 @@ import (
 	"time"
 )
 
-// check writes to w what the rules make of each running container, for whoever writes them: a line each, in columns that
-// no name has a blank in, but for a remark at the end. ok is false where containers collide or one cannot be named;
-// the error is that of the engine, or of w.
+// check writes a table of what the rules make of each running container. No name has a blank in
+// it: only the remark at the end of a line may have some. ok is false if containers collide or
+// one cannot be named; the error is that of the engine, or of w.
 func (c *collector) check(ctx context.Context, w io.Writer) (ok bool, err error) {
+	c.log = slog.New(slog.DiscardHandler) // the table says it all
+	c.containers.log = c.log
 	list, _, err := c.list(ctx)
 	if err != nil {
 		return false, err
 	}
-	unnamed := c.findImages(ctx, list)
-	now := c.remember(list, unnamed, time.Now())
+	unnamed := c.containers.findImages(ctx, c.engine, list)
+	now := c.containers.remember(list, unnamed, c.hostName(), time.Now())
 	var lines strings.Builder
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CONTAINER\tRULE\tCATEGORY\tMETRICS")
-	byName := slices.SortedFunc(maps.Values(c.containers), func(a, b *container) int { return cmp.Compare(a.name, b.name) })
+	byName := slices.SortedFunc(maps.Values(c.containers.byID), func(a, b *container) int {
+		return cmp.Compare(a.name, b.name)
+	})
 	for _, known := range byName {
 		rule, metrics, remark := "none", known.path+".*", ""
 		if known.rule > 0 {
@@ -40,7 +45,8 @@ func (c *collector) check(ctx context.Context, w io.Writer) (ok bool, err error)
 		case known.shadowed != "":
 			remark = "left out: " + known.shadowed + " has this name already"
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", known.name, rule, cmp.Or(known.category, "-"), metrics, remark)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n",
+			known.name, rule, cmp.Or(known.category, "-"), metrics, remark)
 	}
 	table.Flush() // a Builder takes everything
 	for line := range strings.Lines(lines.String()) {

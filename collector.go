@@ -2,70 +2,47 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
-	"regexp"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	docker "github.com/fsouza/go-dockerclient"
-	"golang.org/x/sync/errgroup"
 )
 
-// collector makes metrics of what the engine says about its containers. Its methods are
-// called by one goroutine.
+// collector makes metrics of what the engine says about its containers. Only one goroutine may
+// call its methods.
 type collector struct {
-	engine *engine
-	rules  rules
-	per    details
-	host   string // what --host says
-	alive  func() // called after each answer; nil for nothing
-	log    *slog.Logger
+	engine     *engine
+	containers containers
+	per        details
+	host       string // what --host says
+	alive      func() // called after each answer; may be nil
+	log        *slog.Logger
 
-	size        int                   // of the last sweep, in metrics, and some more
-	flow        flow                  // of the calls to the engine
-	engineName  string                // the engine's own name, once it is known
-	met         bool                  // whether the engine answers, as far as we know
-	trouble     string                // the last trouble with the engine that was logged
-	infoTrouble string                // the last trouble with its /info that was logged
-	containers  map[string]*container // the running ones of the last list, by id
-	holders     map[string]*container // of them, those whose metrics have a path, by that path
+	size        int    // of the last sweep, in metrics, and some more
+	flow        flow   // of the calls to the engine
+	engineName  string // the engine's own name, "" until it is known
+	met         bool   // whether the engine answered last time
+	trouble     string // the last trouble with the engine that was logged
+	infoTrouble string // the last trouble with its /info that was logged
 }
 
-// container is what is kept of a running container from one sweep to the next.
-type container struct {
-	id   string
-	name string // without Docker's leading slash
-	host string // the name of the host when it was named
-	naming
-	// What the list said of it
-	created int64  // Unix seconds
-	image   string // but what it was made of: see findImages
-	status  string
-
-	startedAt time.Time  // zero until it is known
-	restarts  uint64     // by its restart policy
-	checkedAt time.Time  // when the two were last known to be right, by our clock
-	restarted bool       // whether it may have been started since then
-	last      *cpuSample // nil if there is none to compare with
-	trouble   string     // the last trouble with it that was logged, "" since it is well
-	shadowed  string     // the name of the one that has its path, as logged
+func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
+	return &collector{engine: e, containers: containers{rules: rs, log: log}, log: log}
 }
 
 // sweepResult is what one sweep brought.
 type sweepResult struct {
 	metrics []metric
 	running int   // containers
-	failed  int   // those of them that could not be read
-	err     error // why the engine as a whole could not be asked, if it could not
+	sampled int   // containers that were read
+	failed  int   // containers that could not be read
+	err     error // why the engine as a whole could not be asked
 }
 
 // hostName is the name of the host in its metrics, one node of a path: what --host says,
@@ -81,9 +58,9 @@ func (c *collector) hostName() string {
 	return graphiteNode(name)
 }
 
-// sweep lists the running containers, asks all of them side by side, and returns their
-// metrics and the host's. What goes wrong with one of them takes nothing from the others.
-// Trouble is logged once, until it is over.
+// sweep lists the running containers, asks all of them side by side, and returns their metrics
+// and the host's. A container that fails costs the others nothing. Trouble is logged once, until
+// it is over.
 func (c *collector) sweep(ctx context.Context) sweepResult {
 	start := time.Now()
 	list, about, err := c.list(ctx)
@@ -91,76 +68,32 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	unnamed := c.findImages(ctx, list)
-	now := c.remember(list, unnamed, start)
-	asked := now.asked
+	unnamed := c.containers.findImages(ctx, c.engine, list)
+	now := c.containers.remember(list, unnamed, c.hostName(), start)
 
-	metrics := make([]metric, 0, c.size)
-	errs := make([]error, len(asked))
-	var mu sync.Mutex // of metrics
-	var group errgroup.Group
+	var asking sync.WaitGroup
 	if about == nil {
-		group.Go(func() error {
-			about = c.about(ctx)
-			return nil
-		})
+		asking.Go(func() { about = c.about(ctx) })
 	}
-	c.flow.run(len(asked), func(i int) {
-		b := buffers.Get().(*buffer)
-		defer buffers.Put(b)
-		errs[i] = c.sample(ctx, asked[i], start, b)
-		if c.alive != nil {
-			c.alive()
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		metrics = append(metrics, b.metrics...)
-	})
-	group.Wait()
+	metrics, errs := c.askAll(ctx, now.asked, start)
+	asking.Wait()
 
-	result := sweepResult{metrics: metrics, running: len(c.containers), failed: len(unnamed), err: context.Cause(ctx)}
-	// Where a connection failed, was it the container's or is the engine gone?
-	if result.err == nil && slices.ContainsFunc(errs, isConnectionError) {
-		if _, result.err = c.engine.hello(ctx); result.err != nil {
-			c.engineFailed(ctx, result.err)
-		}
+	result := sweepResult{metrics: metrics, running: now.running, failed: len(unnamed)}
+	result.err = c.engineTrouble(ctx, errs)
+	c.judge(ctx, &result, now.asked, errs)
+	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host
+		c.addHost(&result, now, about, start)
+		c.size = len(result.metrics) + len(result.metrics)/8
 	}
-	sampled := 0
-	for i, err := range errs {
-		switch {
-		case err == nil:
-			sampled++
-		case !isGone(err) && ctx.Err() == nil:
-			result.failed++
-		}
-		if result.err == nil { // else it is no container's fault
-			c.containerIs(asked[i], err)
-		}
-	}
-	if ctx.Err() != nil {
-		return result // one that was cut short says nothing about the host
-	}
-	host := flattener{path: c.hostName(), at: start.Unix()}
-	host.addCount(".containers.total", result.running)
-	for _, category := range c.rules.categories() {
-		host.addCount(".containers."+category, now.categories[category])
-	}
-	host.add(".containers.running", about.Running)
-	host.add(".containers.paused", about.Paused)
-	host.add(".containers.stopped", about.Stopped)
-	host.addCount(".metrics.sampled", sampled)
-	host.addCount(".metrics.failed", result.failed)
-	host.addCount(".metrics.collisions", now.collisions)
-	host.addCount(".metrics.duration", int(time.Since(start)))
-	result.metrics = append(result.metrics, host.metrics...)
-	c.size = len(result.metrics) + len(result.metrics)/8
 	return result
 }
 
-// list returns the engine's running containers. An engine that was not met before, or not
-// since it failed, is first asked what it is, of which about is the answer; else it is nil.
-func (c *collector) list(ctx context.Context) (list []docker.APIContainers, about *info, err error) {
-	if c.met && !c.engine.changed.Load() { // else it was upgraded
+// list returns the engine's running containers. An engine that is new, failed last time or was
+// upgraded is first asked what it is, and about is the answer. Else about is nil.
+func (c *collector) list(ctx context.Context) (
+	list []docker.APIContainers, about *info, err error,
+) {
+	if c.met && !c.engine.changed.Load() {
 		list, err = c.engine.list(ctx)
 		return list, nil, err
 	}
@@ -178,27 +111,29 @@ func (c *collector) list(ctx context.Context) (list []docker.APIContainers, abou
 	return list, about, nil
 }
 
-// about returns what the engine tells about itself: nothing, where it does not. A proxy
-// before the engine may forbid the question, which is no reason to give up the rest.
+// about returns what the engine tells about itself. A proxy before the engine may forbid the
+// question: the answer is empty then, and the sweep goes on.
 func (c *collector) about(ctx context.Context) *info {
 	about, err := c.engine.info(ctx)
 	if err == nil && about.Name != "" {
 		c.engineName = about.Name
 	}
 	if isConnectionError(err) {
-		return &about // which is trouble of the engine as a whole
+		return &about // the engine as a whole is in trouble, and that is logged elsewhere
 	}
 	if text := errorText(err); text != c.infoTrouble {
 		c.infoTrouble = text
 		if err != nil {
-			c.log.Warn("the Docker engine does not tell about itself: no figures of all its containers, and this machine's name where it has not told its own; --host sets that",
+			c.log.Warn("the Docker engine does not tell about itself: "+
+				"no figures of all its containers, and this machine's name "+
+				"where it has not told its own; --host sets that",
 				"host", c.hostName(), "error", text)
 		}
 	}
 	return &about
 }
 
-// engineFailed logs what is wrong with the engine, where that is news.
+// engineFailed logs what is wrong with the engine, if that is news.
 func (c *collector) engineFailed(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // we are ending, not the engine
@@ -210,185 +145,77 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	}
 }
 
-// containerIs logs what is wrong with a container, where that is news, or that it is well again.
-func (c *collector) containerIs(known *container, err error) {
-	trouble := errorText(err)
-	if trouble == known.trouble {
-		return
-	}
-	log := c.log.With("container", known.name)
-	switch {
-	case err == nil && known.trouble != errStopped.Error():
-		log.Info("container can be read again")
-	case isGone(err):
-		log.Info("container is gone", "reason", trouble)
-	case err != nil:
-		log.Error("container cannot be read", "error", trouble)
-	}
-	known.trouble = trouble
-}
-
-// imageID is what a list has in place of an image's name when that means another image by now.
-var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
-
-// findImages puts into the list what its containers were made of, where a rule wants to see that: inspect alone knows, once a newer
-// image has taken the name. It returns the errors, by the containers' ids.
-func (c *collector) findImages(ctx context.Context, list []docker.APIContainers) map[string]error {
-	if !c.rules.see("image") {
-		return nil
-	}
-	var (
-		group  errgroup.Group
-		mu     sync.Mutex
-		failed map[string]error
-	)
-	group.SetLimit(fewInFlight)
-	for i := range list {
-		listed := &list[i]
-		if known := c.containers[listed.ID]; known != nil && known.image != "" {
-			listed.Image = known.image
-			continue
+// askAll samples the containers side by side. It returns all metrics, and an error or nil for
+// each container.
+func (c *collector) askAll(ctx context.Context, asked []*container, start time.Time) (
+	metrics []metric, errs []error,
+) {
+	metrics = make([]metric, 0, c.size)
+	errs = make([]error, len(asked))
+	var mu sync.Mutex // of metrics
+	c.flow.run(len(asked), func(i int) {
+		b := buffers.Get().(*buffer)
+		defer buffers.Put(b)
+		errs[i] = c.sample(ctx, asked[i], start, b)
+		if c.alive != nil {
+			c.alive()
 		}
-		if !imageID.MatchString(listed.Image) {
-			continue
-		}
-		group.Go(func() error {
-			now, err := c.engine.inspect(ctx, listed.ID)
-			if err == nil && now.Config != nil && now.Config.Image != "" {
-				listed.Image = now.Config.Image
-			}
-			if err != nil {
-				mu.Lock()
-				defer mu.Unlock()
-				if failed == nil {
-					failed = map[string]error{}
-				}
-				failed[listed.ID] = fmt.Errorf("its image: %w", err)
-			}
-			return nil // one that failed must not end the others
-		})
-	}
-	group.Wait()
-	return failed
-}
-
-// census is what a list says of the running containers, and the rules make of them.
-type census struct {
-	asked      []*container   // those to ask
-	collisions int            // those that another one's path keeps from that
-	categories map[string]int // how many the rules put in each
-}
-
-// remember takes over a list made since start, and forgets all that is not in it. Those in unnamed, by their ids, cannot be named
-// yet: their errors are logged, and they are not asked.
-func (c *collector) remember(list []docker.APIContainers, unnamed map[string]error, start time.Time) census {
-	now := census{categories: map[string]int{}}
-	containers := make(map[string]*container, len(list))
-	host := c.hostName()
-	for _, listed := range list {
-		name := containerName(listed.Names)
-		if name == "" || containers[listed.ID] != nil {
-			c.log.Debug("list entry without a name, or there twice", "id", listed.ID)
-			continue
-		}
-		known := c.containers[listed.ID]
-		if known == nil {
-			known = &container{id: listed.ID, created: listed.Created}
-		}
-		containers[listed.ID] = known
-		if err := unnamed[listed.ID]; err != nil {
-			known.name, known.naming = name, naming{}
-			c.containerIs(known, err)
-			continue
-		}
-		if known.path == "" || known.name != name || known.host != host {
-			known.name, known.host, known.image = name, host, listed.Image
-			known.naming = c.rules.apply(subject{name, listed.ID, listed.Image, listed.Labels}, host)
-		}
-		if known.category != "" {
-			now.categories[known.category]++
-		}
-		known.status = listed.Status
-		// If it was started since checkedAt, it is not up for longer than that.
-		known.restarted = known.startedAt.IsZero() || upAtLeast(listed.Status) < start.Round(0).Sub(known.checkedAt.Round(0))+2*time.Second
-	}
-	// Of those with one path, the one that has had it keeps it; at first, that is the oldest.
-	all := slices.SortedFunc(maps.Values(containers), func(a, b *container) int {
-		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.id, b.id))
+		mu.Lock()
+		defer mu.Unlock()
+		metrics = append(metrics, b.metrics...)
 	})
-	all = slices.DeleteFunc(all, func(known *container) bool { return known.path == "" || known.drop })
-	holders := make(map[string]*container, len(containers))
-	for _, known := range all {
-		if c.holders[known.path] == known {
-			holders[known.path] = known
-		}
-	}
-	for _, known := range all {
-		holder := holders[known.path]
-		if holder == nil {
-			holder, holders[known.path] = known, known
-		}
-		if holder == known {
-			known.shadowed = ""
-			now.asked = append(now.asked, known)
-			continue
-		}
-		now.collisions++
-		known.last = nil
-		if known.shadowed != holder.name {
-			known.shadowed = holder.name
-			c.log.Warn("container left out: another one has the same name in its metrics; --prefix can tell them apart",
-				"container", known.name, "other", holder.name, "metrics", known.path)
-		}
-	}
-	c.containers, c.holders = containers, holders
-	return now
+	return metrics, errs
 }
 
-// containerName returns a container's name out of those in a list: old engines give the
-// aliases that links gave it as well, as /other/alias. "" if there is none.
-func containerName(names []string) string {
-	for _, name := range names {
-		name = strings.TrimPrefix(name, "/")
-		if name != "" && !strings.Contains(name, "/") {
-			return name
-		}
+// engineTrouble returns why the sweep as a whole failed, or nil. Where a connection failed, it
+// asks whether the engine is still there.
+func (c *collector) engineTrouble(ctx context.Context, errs []error) error {
+	if ctx.Err() != nil || !slices.ContainsFunc(errs, isConnectionError) {
+		return context.Cause(ctx)
 	}
-	return ""
-}
-
-// upAtLeast returns how long a container is up for at least, by the Status of a list, such as
-// "Up 2 hours (healthy)". Statuses that do not say are 0.
-// https://pkg.go.dev/github.com/docker/go-units#HumanDuration
-func upAtLeast(status string) time.Duration {
-	status, _, _ = strings.Cut(status, " (")
-	switch status {
-	case "Up About a minute":
-		return time.Minute
-	case "Up About an hour":
-		return time.Hour
-	}
-	words := strings.Fields(status)
-	if len(words) != 3 || words[0] != "Up" {
-		return 0
-	}
-	n, err := strconv.ParseUint(words[1], 10, 16)
+	_, err := c.engine.hello(ctx)
 	if err != nil {
-		return 0
+		c.engineFailed(ctx, err)
 	}
-	const hour, day = time.Hour, 24 * time.Hour
-	unit := map[string]time.Duration{
-		"second": time.Second, "minute": time.Minute, "hour": hour, "day": day,
-		"week": 7 * day, "month": 30 * day, "year": 365 * day,
-	}[strings.TrimSuffix(words[2], "s")]
-	up := time.Duration(n) * unit
-	if unit >= hour {
-		up -= hour // hours are rounded, and the longer ones are made of them
-	}
-	return up
+	return err
 }
 
-// buffer is what is needed for a sample, and not after it.
+// judge counts which containers were read and which failed, and logs that where it is the
+// container's fault.
+func (c *collector) judge(
+	ctx context.Context, result *sweepResult, asked []*container, errs []error,
+) {
+	for i, err := range errs {
+		switch {
+		case err == nil:
+			result.sampled++
+		case !isGone(err) && ctx.Err() == nil:
+			result.failed++
+		}
+		if result.err == nil {
+			c.containers.report(asked[i], err)
+		}
+	}
+}
+
+// addHost adds the metrics of the host and of the sweep itself.
+func (c *collector) addHost(result *sweepResult, now census, about *info, start time.Time) {
+	host := flattener{metrics: result.metrics, path: c.hostName(), at: start.Unix()}
+	host.addCount(".containers.total", result.running)
+	for _, category := range c.containers.rules.categories() {
+		host.addCount(".containers."+category, now.categories[category])
+	}
+	host.add(".containers.running", about.Running)
+	host.add(".containers.paused", about.Paused)
+	host.add(".containers.stopped", about.Stopped)
+	host.addCount(".metrics.sampled", result.sampled)
+	host.addCount(".metrics.failed", result.failed)
+	host.addCount(".metrics.collisions", now.collisions)
+	host.addCount(".metrics.duration", int(time.Since(start)))
+	result.metrics = host.metrics
+}
+
+// buffer holds one sample while it is made.
 type buffer struct {
 	body    bytes.Buffer
 	metrics []metric
@@ -397,18 +224,16 @@ type buffer struct {
 var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
 // sample asks for one container and leaves its metrics in b.
-func (c *collector) sample(ctx context.Context, known *container, start time.Time, b *buffer) error {
+func (c *collector) sample(
+	ctx context.Context, known *container, start time.Time, b *buffer,
+) error {
 	b.body.Reset()
 	f := flattener{metrics: b.metrics[:0]}
 	defer func() { b.metrics = f.metrics }()
 	from, err := c.engine.stats(ctx, known.id, &b.body)
 	if err != nil {
-		var status *docker.Error
-		if errors.As(err, &status) && status.Status >= 500 {
-			// So say engines with one-shot of a container that has just stopped, too.
-			if now, inspectErr := c.engine.inspect(ctx, known.id); isGone(inspectErr) || inspectErr == nil && !now.State.Running {
-				return errStopped
-			}
+		if c.hasStopped(ctx, known.id, err) {
+			return errStopped
 		}
 		return err
 	}
@@ -420,10 +245,11 @@ func (c *collector) sample(ctx context.Context, known *container, start time.Tim
 	if known.restarted {
 		now, err := c.engine.inspect(ctx, known.id)
 		if err != nil {
-			known.last = nil // since nobody knows whether it was restarted
+			known.last = nil // nobody knows whether it was restarted
 			return fmt.Errorf("its uptime: %w", err)
 		}
-		known.startedAt, known.restarts = now.State.StartedAt, uint64(max(now.RestartCount, 0))
+		known.startedAt = now.State.StartedAt
+		known.restarts = uint64(max(now.RestartCount, 0))
 	}
 	known.checkedAt = start
 	sample := stats.cpuSample(known.startedAt, from)
@@ -431,19 +257,18 @@ func (c *collector) sample(ctx context.Context, known *container, start time.Tim
 		f.addDecimal(".cpu.percent", percent)
 	}
 	known.last = sample
-
-	// What is not of the stats answer is of the sweep.
-	f.at = start.Unix()
-	if !known.startedAt.IsZero() {
-		up := max(start.Sub(known.startedAt), 0) // the engine's clock can be ahead of ours
-		f.addCount(".uptime", int(up/time.Second))
-	}
-	f.add(".restarts", counted(known.restarts))
-	switch {
-	case strings.Contains(known.status, "(healthy)"):
-		f.addCount(".health", 1)
-	case strings.Contains(known.status, "(unhealthy)"):
-		f.addCount(".health", 0)
-	}
+	f.at = start.Unix() // what follows is not of the stats answer
+	known.flatten(&f, start)
 	return nil
+}
+
+// hasStopped reports whether a failed stats call means that the container has just stopped:
+// engines with one-shot answer 500 then.
+func (c *collector) hasStopped(ctx context.Context, id string, err error) bool {
+	var status *docker.Error
+	if !errors.As(err, &status) || status.Status < 500 {
+		return false
+	}
+	now, err := c.engine.inspect(ctx, id)
+	return isGone(err) || err == nil && !now.State.Running
 }

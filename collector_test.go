@@ -20,7 +20,7 @@ import (
 func TestSweep(t *testing.T) {
 	r := newReplay(t, "cgroup2")
 	c, log := r.collector(t, 10*time.Second)
-	c.rules, c.per = renaming(regexp.MustCompile(`^fx-`), "shop."), details{true, true, true}
+	c.containers.rules, c.per = renaming(regexp.MustCompile(`^fx-`), "shop."), details{true, true, true}
 	before := time.Now().Unix()
 	result := c.sweep(t.Context())
 	after := time.Now().Unix()
@@ -99,7 +99,7 @@ func TestHostFigures(t *testing.T) {
 	r := newReplay(t, "cgroup2")
 	r.on("/containers/fx-two/stats", answerWith(500, "{}"))
 	c, _ := r.collector(t, 10*time.Second)
-	c.rules = renaming(regexp.MustCompile(`^fx-(paused|host)$`), "same")
+	c.containers.rules = renaming(regexp.MustCompile(`^fx-(paused|host)$`), "same")
 	result := c.sweep(t.Context())
 	if result.running != 6 {
 		t.Errorf("%d are running", result.running)
@@ -121,7 +121,7 @@ func TestHostFigures(t *testing.T) {
 // when it goes, the other takes over.
 func TestCollisions(t *testing.T) {
 	log := &logged{}
-	c := &collector{log: log.logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
+	c := &containers{log: log.logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
 	listed := func(name string, created int64) docker.APIContainers {
 		return docker.APIContainers{ID: name, Names: []string{"/" + name}, Created: created}
 	}
@@ -139,7 +139,7 @@ func TestCollisions(t *testing.T) {
 			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
 		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
 	} {
-		now := c.remember(test.list, nil, time.Now())
+		now := c.remember(test.list, nil, "h", time.Now())
 		asked, collisions := now.asked, now.collisions
 		var names []string
 		for _, known := range asked {
@@ -179,9 +179,9 @@ func TestImages(t *testing.T) {
 	}
 
 	c, log := r.collector(t, 10*time.Second)
-	c.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"","category":"other"}]`)
+	c.containers.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"","category":"other"}]`)
 	first := c.sweep(t.Context())
-	if got := fmt.Sprint(first.failed, " ", c.holders["fx-idle"].category, c.holders["fx-two"]); got != "1 bb<nil>" {
+	if got := fmt.Sprint(first.failed, " ", c.containers.holders["fx-idle"].category, c.containers.holders["fx-two"]); got != "1 bb<nil>" {
 		t.Errorf("got %s", got)
 	}
 	if got, want := log.take(), `level=ERROR msg="container cannot be read" container=fx-two error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
@@ -197,8 +197,8 @@ func TestImages(t *testing.T) {
 	inspected()
 	r.on("/containers/fx-two/json", nil)
 	for range 2 {
-		if got := c.sweep(t.Context()); got.failed != 0 || c.holders["fx-two"].category != "bb" {
-			t.Errorf("%d failed, %+v", got.failed, c.holders["fx-two"])
+		if got := c.sweep(t.Context()); got.failed != 0 || c.containers.holders["fx-two"].category != "bb" {
+			t.Errorf("%d failed, %+v", got.failed, c.containers.holders["fx-two"])
 		}
 	}
 	// Once for the image, once for the uptime
@@ -213,18 +213,18 @@ func TestImages(t *testing.T) {
 	c, _ = r.collector(t, 10*time.Second)
 	r.on("/containers/fx-two/json", answerWith(500, `{}`))
 	list0, _, err := c.list(t.Context())
-	if failed := c.findImages(t.Context(), list0); err != nil || len(failed) != 0 || len(inspected()) != 0 {
+	if failed := c.containers.findImages(t.Context(), c.engine, list0); err != nil || len(failed) != 0 || len(inspected()) != 0 {
 		t.Errorf("%v, %v", failed, err)
 	}
 }
 
 // A host that comes to be known by another name is so in ${host}.
 func TestHostInPaths(t *testing.T) {
-	c := &collector{log: (&logged{}).logger(), rules: mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), engineName: "one"}
+	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), (&logged{}).logger())
 	list := []docker.APIContainers{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
 		c.engineName = host
-		if now := c.remember(list, nil, time.Now()); len(now.asked) != 1 || now.asked[0].path != graphiteNode(host)+".web" {
+		if now := c.containers.remember(list, nil, c.hostName(), time.Now()); len(now.asked) != 1 || now.asked[0].path != graphiteNode(host)+".web" {
 			t.Errorf("on %s: %+v", host, now.asked[0])
 		}
 	}
@@ -485,7 +485,7 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	status := "Up Less than a second"
 	inspected := func(at time.Time) bool {
 		t.Helper()
-		asked := c.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, nil, at).asked
+		asked := c.containers.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, nil, "h", at).asked
 		known := asked[0]
 		if known.restarted {
 			known.startedAt = at
@@ -529,8 +529,8 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	if strings.Count(lines, ".uptime ") != 5 {
 		t.Errorf("the second sweep made\n%s", lines)
 	}
-	if len(c.containers) != 6 {
-		t.Errorf("%d containers are remembered", len(c.containers))
+	if len(c.containers.byID) != 6 {
+		t.Errorf("%d containers are remembered", len(c.containers.byID))
 	}
 }
 
@@ -550,9 +550,9 @@ func TestContainerName(t *testing.T) {
 		}
 	}
 	// Entries without one, or there twice, are left out: they could not be told apart.
-	c := &collector{log: (&logged{}).logger()}
+	c := &containers{log: (&logged{}).logger()}
 	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
-	if now := c.remember(list, nil, time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" || now.collisions != 0 {
+	if now := c.remember(list, nil, "h", time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" || now.collisions != 0 {
 		t.Errorf("remembered %v, %d collisions", now.asked, now.collisions)
 	}
 }

@@ -78,7 +78,7 @@ func everyMetric(t *testing.T) []string {
 	// Two sweeps, for what needs a sample before, and for the host
 	r := newReplay(t, "cgroup2")
 	c, _ := r.collector(t, 10*time.Second)
-	c.host, c.rules = "h", mustRules(t, `{"regexp":"^fx-busy$","into":"c","category":"any"}`)
+	c.host, c.containers.rules = "h", mustRules(t, `{"regexp":"^fx-busy$","into":"c","category":"any"}`)
 	r.on("/containers/fx-busy/stats", r.serve("stats-busy.json"))
 	c.sweep(t.Context())
 	r.on("/containers/fx-busy/stats", nil)

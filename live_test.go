@@ -147,7 +147,7 @@ func (e *liveEngine) collector(t *testing.T) (*collector, *logged) {
 	}
 	log := &logged{}
 	prefix := renaming(regexp.MustCompile(`^`+regexp.QuoteMeta(e.name(t, ""))+`(.*)$`), "test.$1")
-	return &collector{engine: engine, rules: prefix, log: log.logger()}, log
+	return newCollector(engine, prefix, log.logger()), log
 }
 
 // byName makes a map of the metrics of the test's own containers: other ones may run here too.
@@ -293,7 +293,7 @@ func TestLiveRules(t *testing.T) {
 	sweep := func(text string) (names []string, log string) {
 		t.Helper()
 		c, logged := e.collector(t)
-		c.rules = mustRules(t, text)
+		c.containers.rules = mustRules(t, text)
 		c.host = "h"
 		result := c.sweep(t.Context())
 		if result.err != nil {
@@ -331,10 +331,10 @@ func TestLiveRules(t *testing.T) {
 
 	// Two of one name: one of them has it, until it goes; the older one, if they are not of the same second.
 	c, log := e.collector(t)
-	c.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},{"regexp":"","drop":true}]`)
+	c.containers.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},{"regexp":"","drop":true}]`)
 	c.sweep(t.Context())
 	holder, other, left := e.name(t, "first"), e.name(t, "second"), second
-	if c.holders["test.same"].id == second {
+	if c.containers.holders["test.same"].id == second {
 		holder, other, left = other, holder, first
 	}
 	if got := log.take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same", other, holder)) != 1 {
@@ -342,7 +342,7 @@ func TestLiveRules(t *testing.T) {
 	}
 	must(t, e.remove(holder))
 	result := c.sweep(t.Context())
-	if c.holders["test.same"].id != left || byName(t, result.metrics)["same.pids.current"].value.n == 0 {
+	if c.containers.holders["test.same"].id != left || byName(t, result.metrics)["same.pids.current"].value.n == 0 {
 		t.Errorf("%s is gone, and %s has not taken over", holder, other)
 	}
 
@@ -419,12 +419,12 @@ func TestLiveSoak(t *testing.T) {
 	}
 	churn.Wait()
 	sweep()
-	for _, known := range c.containers {
+	for _, known := range c.containers.byID {
 		if strings.HasPrefix(known.name, e.name(t, "soak")) {
 			t.Errorf("%s is still known", known.name)
 		}
 	}
-	for path := range c.holders {
+	for path := range c.containers.holders {
 		if strings.Contains(path, "soak") {
 			t.Errorf("%s is still held", path)
 		}
@@ -594,7 +594,7 @@ func TestLivePodman(t *testing.T) {
 	}
 
 	log := &logged{}
-	c := &collector{engine: e, rules: renaming(regexp.MustCompile(`^dstb\.`), "test."), log: log.logger()}
+	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.logger())
 	c.sweep(t.Context())
 	<-time.After(3 * time.Second) // the span that is measured
 	result := c.sweep(t.Context())

@@ -382,9 +382,9 @@ func run(opts *options, log *slog.Logger) error {
 	if os.Getenv("SRV_RULES") != "" && opts.rules == nil {
 		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")
 	}
-	collector := &collector{engine: opts.engine, rules: opts.rules, per: opts.per, host: opts.host, flow: flow{limit: opts.concurrency}, log: log}
+	collector := newCollector(opts.engine, opts.rules, log)
+	collector.per, collector.host, collector.flow.limit = opts.per, opts.host, opts.concurrency
 	if opts.check {
-		collector.log = slog.New(slog.DiscardHandler) // the table says it all
 		ok, err := collector.check(ctx, os.Stdout)
 		if err != nil {
 			log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))

@@ -147,7 +147,7 @@ func (r *replay) collector(t testing.TB, timeout time.Duration) (*collector, *lo
 		t.Fatal(err)
 	}
 	log := &logged{}
-	return &collector{engine: e, log: log.logger()}, log
+	return newCollector(e, nil, log.logger()), log
 }
 
 // replayCrowd is an engine at a unix socket, with n containers of recorded answers, which takes some time for each.
