@@ -33,76 +33,38 @@ var defaultDocker = map[bool]string{
 }[runtime.GOOS == "windows"]
 
 const (
-	// maxAnswer bounds what is read of any answer, in bytes. A list of 5,000
-	// containers has 8 MB.
+	// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
 	maxAnswer = 64 << 20
-	// maxStats bounds a stats answer, in bytes. One of two networks has 2 KB, one
-	// of a thousand block devices on cgroup v1 1 MB.
+	// maxStats bounds a stats answer, in bytes. With two networks it has 2 KB, with a thousand
+	// block devices on cgroup v1 1 MB.
 	maxStats = 2 << 20
 )
 
-// engine is a Docker engine, or something else that speaks its API. It is only ever
-// asked with GET.
+// engine is a Docker engine, or something else that speaks its API. It only gets GET requests.
+// What each call below means is in the part that it names of
+// https://docs.docker.com/reference/api/engine/version/v1.41/.
 type engine struct {
 	client  *docker.Client
 	shown   string // its address, without credentials
 	base    string // what the paths of the API are appended to
 	timeout time.Duration
-	changed atomic.Bool // whether an answer told of another API version
+	changed atomic.Bool // whether an answer had another API version
 	api     string      // the highest API version of the engine, such as "1.41"; unknown: ""
-	oneShot bool        // whether stats can be had with one-shot
+	oneShot bool        // whether it knows one-shot stats
 }
 
-// newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port,
-// http://, https://, and npipe:// on Windows. tcp:// means TLS where certificates are
-// set up, as tlsFromEnv tells. Each call to the engine may take as long as timeout.
-// Nothing is asked of it yet.
+// newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port, http://,
+// https://, and npipe:// on Windows. timeout bounds each call. Nothing is asked yet.
 func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
-	u, err := url.Parse(endpoint)
+	u, tlsConfig, err := parseEndpoint(endpoint)
 	if err != nil {
-		// The error of url.Parse repeats its input, which may hold a password.
-		return nil, errors.New("not a URL; want one such as unix:///var/run/docker.sock or tcp://host:2375")
+		return nil, err
 	}
-	var tlsConfig *tls.Config
-	switch u.Scheme {
-	case "unix":
-		if u.Host != "" || u.Path == "" {
-			return nil, errors.New("a unix socket needs an absolute path, with three slashes: unix:///var/run/docker.sock")
-		}
-	case "npipe":
-		if runtime.GOOS != "windows" {
-			return nil, errors.New("named pipes are there on Windows only; elsewhere it is unix:///var/run/docker.sock")
-		}
-	case "tcp", "http", "https":
-		if u.Hostname() == "" || strings.Contains(u.Path, "@") {
-			return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
-		}
-		if u.Scheme != "http" {
-			if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
-				return nil, err
-			}
-		}
-		// As the docker CLI reads them: tcp is plain HTTP on port 2375, or TLS on 2376.
-		port := "2375"
-		if tlsConfig != nil {
-			port = "2376"
-		}
-		if u.Scheme == "tcp" && u.Port() == "" {
-			u.Host = net.JoinHostPort(u.Hostname(), port)
-		}
-		u.Scheme = "http"
-		if tlsConfig != nil {
-			u.Scheme = "https"
-		}
-	case "":
-		return nil, errors.New("no scheme in it; want one such as unix:///var/run/docker.sock or tcp://host:2375")
-	default:
-		return nil, fmt.Errorf("cannot speak %s://; want unix://, tcp://, http:// or https://", u.Scheme)
-	}
-	endpoint = strings.TrimRight(u.String(), "/")
-	client, err := docker.NewClient(endpoint)
+	base := strings.TrimRight(u.String(), "/")
+	client, err := docker.NewClient(base)
 	if err != nil {
-		return nil, fmt.Errorf("%s: want a URL such as unix:///var/run/docker.sock or tcp://host:2375", err)
+		return nil, fmt.Errorf("%s: want a URL "+
+			"such as unix:///var/run/docker.sock or tcp://host:2375", err)
 	}
 	client.Dialer = &net.Dialer{Timeout: timeout}
 	newTransport := func() *http.Transport {
@@ -110,33 +72,85 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 			Proxy:           http.ProxyFromEnvironment,
 			DialContext:     (&net.Dialer{Timeout: timeout}).DialContext,
 			TLSClientConfig: tlsConfig,
-			// As many as usually are in flight; the engine holds a goroutine for each.
+			// As many as usually are in flight; the engine holds a goroutine for each. They
+			// have no idle timeout, which would cause wake-ups between sweeps.
 			MaxIdleConnsPerHost: 128,
-			// They are not closed for being idle: nothing of ours happens between sweeps.
 		}
 	}
-	e := &engine{client: client, shown: withoutUser(u), base: endpoint, timeout: timeout}
 	switch u.Scheme {
 	case "http", "https":
-		// WithTransport has no effect on these. And the library's own TLS does not
-		// verify the engine where there is no ca.pem.
+		// WithTransport has no effect on these. And the library's own TLS does not verify
+		// the engine if there is no ca.pem.
 		client.HTTPClient.Transport = newTransport()
 	default:
 		client.WithTransport(newTransport)
-		e.base = "http://engine" // the socket is dialed whatever the host
+		base = "http://engine" // any host: the socket is dialed
 	}
 	client.HTTPClient.Transport = bounded{client.HTTPClient.Transport}
-	return e, nil
+	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}, nil
+}
+
+const wantEndpoint = "want one such as unix:///var/run/docker.sock or tcp://host:2375"
+
+// parseEndpoint reads an engine's address. The scheme of u is unix, npipe, http or https. tlsConfig
+// is nil if TLS is not wanted.
+func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err error) {
+	u, err = url.Parse(endpoint)
+	if err != nil {
+		// The error of url.Parse repeats its input, which may hold a password.
+		return nil, nil, errors.New("not a URL; " + wantEndpoint)
+	}
+	switch u.Scheme {
+	case "unix":
+		if u.Host != "" || u.Path == "" {
+			err = errors.New("a unix socket needs an absolute path, " +
+				"with three slashes: unix:///var/run/docker.sock")
+		}
+	case "npipe":
+		if runtime.GOOS != "windows" {
+			err = errors.New("named pipes are there on Windows only; " +
+				"elsewhere it is unix:///var/run/docker.sock")
+		}
+	case "tcp", "http", "https":
+		tlsConfig, err = overNetwork(u)
+	case "":
+		err = errors.New("no scheme in it; " + wantEndpoint)
+	default:
+		err = fmt.Errorf("cannot speak %s://; want unix://, tcp://, http:// or https://", u.Scheme)
+	}
+	return u, tlsConfig, err
+}
+
+// overNetwork turns u into an http or https URL as the docker CLI does: tcp is plain HTTP on port
+// 2375, or TLS on 2376.
+func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
+	if u.Hostname() == "" || strings.Contains(u.Path, "@") {
+		return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
+	}
+	if u.Scheme != "http" {
+		if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
+			return nil, err
+		}
+	}
+	scheme, port := "http", "2375"
+	if tlsConfig != nil {
+		scheme, port = "https", "2376"
+	}
+	if u.Scheme == "tcp" && u.Port() == "" {
+		u.Host = net.JoinHostPort(u.Hostname(), port)
+	}
+	u.Scheme = scheme
+	return tlsConfig, nil
 }
 
 // String is the engine's address as it may be shown.
 func (e *engine) String() string { return e.shown }
 
 // tlsFromEnv reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker CLI does: a
-// DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem
-// from DOCKER_CERT_PATH, by default DOCKER_CONFIG or ~/.docker. It returns nil where TLS is not asked
-// for. The engine's certificate is always verified, against ca.pem alone. always asks for TLS
-// whatever the environment says; without a DOCKER_CERT_PATH, the roots of the system vouch then.
+// DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem from
+// DOCKER_CERT_PATH, by default DOCKER_CONFIG or ~/.docker. It returns nil if TLS is not asked for.
+// The engine's certificate is always verified, against ca.pem alone. With always, TLS is used
+// whatever the environment says; without DOCKER_CERT_PATH, the system's roots count then.
 // https://docs.docker.com/engine/security/protect-access/
 func tlsFromEnv(always bool) (*tls.Config, error) {
 	verify := os.Getenv("DOCKER_TLS_VERIFY") != ""
@@ -154,13 +168,16 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 	if dir == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, errors.New("DOCKER_TLS_VERIFY is set but neither DOCKER_CERT_PATH nor a home directory; set DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem")
+			return nil, errors.New("DOCKER_TLS_VERIFY is set " +
+				"but neither DOCKER_CERT_PATH nor a home directory; " +
+				"set DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem")
 		}
 		dir = filepath.Join(home, ".docker")
 	}
 	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
 	if err != nil {
-		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem", err)
+		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; "+
+			"DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem", err)
 	}
 	config.RootCAs = x509.NewCertPool()
 	if !config.RootCAs.AppendCertsFromPEM(ca) {
@@ -170,14 +187,14 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 	switch {
 	case err == nil:
 		config.Certificates = []tls.Certificate{cert}
-	case !errors.Is(err, fs.ErrNotExist): // an engine may want none of its clients
+	case !errors.Is(err, fs.ErrNotExist): // an engine may ask its clients for none
 		return nil, fmt.Errorf("the client's certificate, cert.pem and key.pem in %s: %w", dir, err)
 	}
 	return config, nil
 }
 
-// bounded is a transport whose answers end after maxAnswer bytes, so that no engine can
-// fill the memory.
+// bounded is a transport that cuts answers after maxAnswer bytes, so that no engine can fill the
+// memory.
 type bounded struct{ http.RoundTripper }
 
 func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
@@ -191,15 +208,15 @@ func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// hello asks the engine for its API version, on which depends how stats are asked for,
-// and returns how the engine calls itself, such as "Docker/20.10.24 (linux)".
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/System/operation/SystemPing
+// hello asks the engine for its API version, which decides how to ask for stats. It returns what
+// the engine calls itself, such as "Docker/20.10.24 (linux)".
+// API: #tag/System/operation/SystemPing
 func (e *engine) hello(ctx context.Context) (server string, err error) {
 	header, err := e.get(ctx, "/_ping", 1<<10, new(bytes.Buffer))
 	if err != nil {
 		return "", err
 	}
-	// Engines too old to tell are too old for one-shot.
+	// Engines that do not send their version are too old for one-shot.
 	e.api, e.oneShot = header.Get("Api-Version"), false
 	e.changed.Store(false)
 	if api, err := docker.NewAPIVersion(e.api); err == nil {
@@ -208,7 +225,7 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	return header.Get("Server"), nil
 }
 
-// count is a number that an engine may have sent. It takes no allocation, as a pointer does.
+// count is a number that an engine may have sent. Unlike a pointer, it needs no allocation.
 type count struct {
 	n    uint64
 	sent bool
@@ -216,7 +233,7 @@ type count struct {
 
 func counted(n uint64) count { return count{n, true} }
 
-// UnmarshalJSON takes null for not sent, as encoding/json does where it can.
+// UnmarshalJSON takes null for not sent.
 func (c *count) UnmarshalJSON(text []byte) error {
 	if string(text) == "null" {
 		return nil
@@ -233,7 +250,7 @@ func (c *count) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// info is what is used of what an engine tells about itself.
+// info is the part of an engine's /info that is used.
 type info struct {
 	Name    string // that of its host
 	Running count  `json:"ContainersRunning"`
@@ -242,7 +259,7 @@ type info struct {
 }
 
 // info asks the engine about itself.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/System/operation/SystemInfo
+// API: #tag/System/operation/SystemInfo
 func (e *engine) info(ctx context.Context) (info, error) {
 	var body bytes.Buffer
 	if _, err := e.get(ctx, "/info", maxStats, &body); err != nil {
@@ -255,9 +272,9 @@ func (e *engine) info(ctx context.Context) (info, error) {
 	return i, nil
 }
 
-// list returns the running containers, the paused ones among them. It is go-dockerclient's ListContainers with a faster decoder:
-// of a thousand containers the list has a megabyte.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerList
+// list returns the running containers, paused ones too. It is go-dockerclient's ListContainers
+// with a faster decoder: the list of a thousand containers has a megabyte.
+// API: #tag/Container/operation/ContainerList
 func (e *engine) list(ctx context.Context) ([]docker.APIContainers, error) {
 	var body bytes.Buffer
 	if _, err := e.get(ctx, "/containers/json", maxAnswer, &body); err != nil {
@@ -271,22 +288,25 @@ func (e *engine) list(ctx context.Context) ([]docker.APIContainers, error) {
 }
 
 // inspect returns what the engine knows of a container beside its stats.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerInspect
+// API: #tag/Container/operation/ContainerInspect
 func (e *engine) inspect(ctx context.Context, id string) (*docker.Container, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
 	defer cancel()
-	container, err := e.client.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id, Context: ctx})
-	return container, plainly(ctx, err)
+	options := docker.InspectContainerOptions{ID: id, Context: ctx}
+	found, err := e.client.InspectContainerWithOptions(options)
+	return found, plainly(ctx, err)
 }
 
-// origin tells whose an answer is, where that makes a difference.
+// origin says which kind of engine an answer is from, if that makes a difference.
 type origin struct{ windows, podman bool }
 
-// stats reads a container's stats answer into body, as it came, and returns whose it is. It is asked for with one-shot where the engine can: without it the
-// engine takes two samples, a second apart, for a percentage that nobody here reads.
-// go-dockerclient's own Stats has no one-shot, its HTTP client does as it is told.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
-func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (from origin, err error) {
+// stats reads a container's stats answer into body. It asks for one-shot if the engine knows it:
+// else the engine takes two samples, a second apart, for a percentage that is not used here.
+// go-dockerclient's own Stats has no one-shot, so this uses its HTTP client only.
+// API: #tag/Container/operation/ContainerStats
+func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
+	from origin, err error,
+) {
 	query := "stream=false"
 	if e.oneShot {
 		query += "&one-shot=true"
@@ -299,16 +319,18 @@ func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (from
 	if err != nil {
 		return from, err
 	}
-	// os_type in the body came with API 1.52 only.
+	// The body has os_type only since API 1.52.
 	from.windows = header.Get("Ostype") == "windows"
 	from.podman = header.Get("Libpod-Api-Version") != ""
 	return from, nil
 }
 
-// get asks for a path of the API that go-dockerclient has no fitting call for, and reads the answer's body into body. Its
-// errors: *docker.Error for a status other than 2xx, noAnswer, rubbish, or that of the
-// connection.
-func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.Buffer) (http.Header, error) {
+// get asks for a path of the API that go-dockerclient has no fitting call for, and reads the
+// answer into body. Its errors are *docker.Error for a status other than 2xx, noAnswer, rubbish,
+// or that of the connection.
+func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.Buffer) (
+	http.Header, error,
+) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.base+path, nil)
@@ -348,38 +370,40 @@ type rubbish struct{ error }
 
 func (r rubbish) Unwrap() error { return r.error }
 
-// errStopped tells that a container stopped between the list and the question.
+// errStopped says that a container stopped between the list and the stats call.
 var errStopped = errors.New("it stopped while it was asked")
 
-// isGone tells whether err says that a container does not run any more.
+// isGone reports whether err says that a container does not run any more.
 func isGone(err error) bool {
 	var removed *docker.NoSuchContainer
 	return errors.Is(err, errStopped) || errors.As(err, &removed)
 }
 
-// isConnectionError tells whether err came before there was an answer, but not for want of
-// time: the container it came with may have nothing to do with it.
+// isConnectionError reports whether err came before there was an answer, and is no timeout: the
+// engine may be in trouble, and not the container.
 func isConnectionError(err error) bool {
 	var (
 		status *docker.Error
 		late   noAnswer
 		body   rubbish
 	)
-	return err != nil && !isGone(err) && !errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
+	return err != nil && !isGone(err) &&
+		!errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
 }
 
-// engineHint returns what to do about an engine that cannot be reached, behind a "; ",
-// or nothing.
+// engineHint returns what to do about an engine that cannot be reached, after "; ", or nothing.
 func engineHint(err error) string {
 	var status *docker.Error
+	says := func(text string) bool { return strings.Contains(err.Error(), text) }
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), strings.Contains(err.Error(), "refused"):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), says("refused"):
 		return "; is Docker running, and is --docker its address?"
-	case strings.Contains(err.Error(), "HTTP response to HTTPS client"), strings.Contains(err.Error(), "does not look like a TLS handshake"):
+	case says("HTTP response to HTTPS client"), says("does not look like a TLS handshake"):
 		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"
-	case strings.Contains(err.Error(), "malformed HTTP response"), errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
+	case says("malformed HTTP response"),
+		errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
 		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
 	}
 	return ""
