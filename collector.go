@@ -180,8 +180,8 @@ func (c *collector) engineTrouble(ctx context.Context, errs []error) error {
 	return err
 }
 
-// judge counts which containers were read and which failed, and logs that where it is the
-// container's fault.
+// judge counts which containers were read and which failed. It logs that, unless the sweep as a
+// whole failed.
 func (c *collector) judge(
 	ctx context.Context, result *sweepResult, asked []*container, errs []error,
 ) {

@@ -11,17 +11,17 @@ import (
 
 // metric is one point of a Graphite series.
 type metric struct {
-	path  string // how its name begins, as those of all metrics of a container or host: see graphitePath
-	own   string // how it goes on, with a dot in between: what all containers or hosts share
+	path  string // the container's or host's part of the name: see graphitePath
+	own   string // the rest, from the dot on: all containers or hosts share it
 	value value
 	time  int64 // Unix seconds
 }
 
-// name is what it is called in Graphite.
+// name is the metric's name in Graphite.
 func (m metric) name() string { return m.path + m.own }
 
-// value is a number as the metric contract has them: never negative, whole with all the
-// digits of a uint64, or with up to three digits after the point.
+// value is a number that is never negative: either whole, with all digits of a uint64, or with up
+// to three decimals.
 type value struct {
 	n          uint64
 	thousandth bool // the unit of n
@@ -29,8 +29,8 @@ type value struct {
 
 func whole(n uint64) value { return value{n: n} }
 
-// decimal rounds f to three digits. ok is false where f is none of the contract's numbers:
-// negative, infinite, not a number, or beyond all reason.
+// decimal rounds f to three decimals. ok is false if f is negative, infinite, not a number, or too
+// large for that.
 func decimal(f float64) (v value, ok bool) {
 	thousandths := math.Round(f * 1000)
 	if !(thousandths >= 0 && thousandths < 1<<53) {
@@ -39,7 +39,7 @@ func decimal(f float64) (v value, ok bool) {
 	return value{uint64(thousandths), true}, true
 }
 
-// parseValue undoes append; ok is false for what append never makes.
+// parseValue is the reverse of append. ok is false for text that append never makes.
 func parseValue(text string) (v value, ok bool) {
 	units, decimals, hasPoint := strings.Cut(text, ".")
 	n, err := strconv.ParseUint(units, 10, 64)
@@ -83,7 +83,7 @@ func (m metric) appendLine(b []byte) []byte {
 	return append(b, '\n')
 }
 
-// appendJSON appends m in the form in which Backstop takes it:
+// appendJSON appends m as Backstop wants it:
 // https://github.com/obfuscurity/backstop#sending-metrics.
 func (m metric) appendJSON(b []byte) []byte {
 	b = append(b, `{"metric":"`...)
@@ -95,7 +95,7 @@ func (m metric) appendJSON(b []byte) []byte {
 	return append(b, '}')
 }
 
-// encode makes metrics the body of a request to Backstop.
+// encode returns the body of a request to Backstop.
 func encode(metrics []metric) []byte {
 	body := make([]byte, 0, 2+100*len(metrics))
 	body = append(body, '[')
@@ -108,8 +108,8 @@ func encode(metrics []metric) []byte {
 	return append(body, ']')
 }
 
-// decode undoes encode. It takes nothing that is not fit for Graphite, so that neither a spoilt disk
-// nor a stranger's file reaches Backstop, which checks nothing.
+// decode is the reverse of encode. Backstop checks nothing, so decode refuses whatever is not fit
+// for Graphite: the file may be damaged, or somebody else's.
 func decode(body []byte) ([]metric, error) {
 	var items []struct {
 		Metric      string      `json:"metric"`
@@ -123,33 +123,33 @@ func decode(body []byte) ([]metric, error) {
 	for i, item := range items {
 		v, ok := parseValue(item.Value.String())
 		if !ok || !isGraphitePath(item.Metric) || item.MeasureTime <= 0 {
-			return nil, fmt.Errorf("item %d is no metric: %.200q = %.50q at %d", i+1, item.Metric, item.Value, item.MeasureTime)
+			return nil, fmt.Errorf("item %d is no metric: %.200q = %.50q at %d",
+				i+1, item.Metric, item.Value, item.MeasureTime)
 		}
 		metrics[i] = metric{item.Metric, "", v, item.MeasureTime}
 	}
 	return metrics, nil
 }
 
-// lastOf returns the body of a request that has only the last metric of body, which encode made.
+// lastOf returns a body with only the last metric of body, which is from encode.
 func lastOf(body []byte) []byte {
-	// No name, number or time has a brace in it.
+	// No name, number or time contains a brace.
 	if i := bytes.LastIndexByte(body, '{'); i > 0 {
 		return append([]byte{'['}, body[i:]...)
 	}
 	return body
 }
 
-// Lengths in bytes. Carbon makes a folder of each node, and a file name holds no more on any
-// common file system; and it hangs up on whoever sends a line of over 16,384 bytes.
+// Lengths in bytes. Carbon makes a folder of each node, and common file systems allow names of
+// maxNode. Carbon also closes the connection after a line of over 16,384 bytes.
 const (
 	maxNode = 255
 	maxPath = 1024
 )
 
-// graphitePath makes name a path that is safe on the wire and in Graphite: nodes of
-// [A-Za-z0-9_-] between single dots. Every other character becomes "_"; empty nodes go.
-// Neither Backstop nor Carbon checks a name, and a newline, say, would start a second
-// metric of the name's own choosing.
+// graphitePath makes name a path that is safe on the wire and in Graphite: nodes of [A-Za-z0-9_-]
+// between single dots. Every other character becomes "_"; empty nodes go. Neither Backstop nor
+// Carbon checks names: a newline in one could forge a second metric.
 func graphitePath(name string) string {
 	nodes := strings.FieldsFunc(name, func(r rune) bool { return r == '.' })
 	for i, node := range nodes {
@@ -159,8 +159,8 @@ func graphitePath(name string) string {
 	return strings.TrimSuffix(path[:min(len(path), maxPath)], ".")
 }
 
-// isGraphitePath tells whether name is what graphitePath makes, with or without a metric's own name
-// behind it.
+// isGraphitePath reports whether name is a path from graphitePath, with or without the rest of a
+// metric's name.
 func isGraphitePath(name string) bool {
 	for node := range strings.SplitSeq(name, ".") {
 		if node == "" || graphiteNode(node) != node {
@@ -170,7 +170,7 @@ func isGraphitePath(name string) bool {
 	return len(name) <= 2*maxPath
 }
 
-// graphiteNode makes name one single node of a Graphite path.
+// graphiteNode makes name one node of a Graphite path.
 func graphiteNode(name string) string {
 	node := strings.Map(func(r rune) rune {
 		switch {

@@ -7,15 +7,14 @@ import (
 	"strings"
 )
 
-// rules are what --prefix says: how a container becomes the path of its metrics. The first that matches
-// counts; without any, the path is made of the container's name.
+// rules are what --prefix says. The first rule that matches a container counts: it makes the path
+// of the container's metrics. If none matches, the path is made of the container's name.
 type rules []rule
 
-// rule is one of them.
 type rule struct {
 	from     string // what the regexp sees: "name", "image", "id", or "label:" and a label's key
 	regexp   *regexp.Regexp
-	into     string // in the notation of regexp.Regexp.Expand, and a bit more: see fillIn
+	into     string // a template of regexp.Regexp.Expand, and a bit more: see fillIn
 	rename   bool   // whether there is an into
 	category string // one node of a path, "" for none
 	drop     bool   // whether the container is left out
@@ -25,7 +24,7 @@ type rule struct {
 type subject struct {
 	name   string // without Docker's leading slash
 	id     string
-	image  string // as it was given when the container was made
+	image  string // as given when the container was made
 	labels map[string]string
 }
 
@@ -37,7 +36,7 @@ type naming struct {
 	drop     bool
 }
 
-// apply returns what the rules make of s, on the host of that name.
+// apply returns what the rules make of s on a host.
 func (rs rules) apply(s subject, host string) naming {
 	for i := range rs {
 		r := &rs[i]
@@ -61,12 +60,12 @@ func (rs rules) apply(s subject, host string) naming {
 	return naming{path: ownPath(s.name)}
 }
 
-// see tells whether any of the rules looks at that, "image" for example.
+// see reports whether any of the rules looks at from, such as "image".
 func (rs rules) see(from string) bool {
 	return slices.ContainsFunc(rs, func(r rule) bool { return r.from == from })
 }
 
-// categories returns the categories that there are, each once.
+// categories returns the categories of all rules, each once.
 func (rs rules) categories() []string {
 	var names []string
 	for _, r := range rs {
@@ -77,7 +76,7 @@ func (rs rules) categories() []string {
 	return names
 }
 
-// text returns what the regexp sees of s; ok is false for a label that s has not.
+// text returns what the regexp sees of s. ok is false if s lacks the label.
 func (r *rule) text(s subject) (text string, ok bool) {
 	switch r.from {
 	case "image":
@@ -91,8 +90,9 @@ func (r *rule) text(s subject) (text string, ok bool) {
 	return text, ok
 }
 
-// fillIn replaces what Expand does not know in a template: ${host}, the host's name, unless re has a group of that name,
-// and ${label:KEY}, a label of s. Each is one node of a path, whatever is in it. ok is false for a label that s has not.
+// fillIn replaces what Expand does not know in a template: ${label:KEY}, a label of s, and ${host},
+// unless re has a group of that name. Each becomes one node of a path, whatever is in it. ok is
+// false if s lacks a label.
 func fillIn(template string, re *regexp.Regexp, s subject, host string) (filled string, ok bool) {
 	if !strings.Contains(template, "host") && !strings.Contains(template, "{label:") {
 		return template, true
@@ -118,19 +118,19 @@ func fillIn(template string, re *regexp.Regexp, s subject, host string) (filled 
 	return b.String(), true
 }
 
-// ownPath is the path of a container that no rule says anything about.
+// ownPath is the path of a container without a rule for it.
 func ownPath(name string) string {
 	if path := graphitePath(name); path != "" {
 		return path
 	}
-	return "_" // no engine has such a name; if one had, this keeps the metrics' own names whole
+	return "_" // no engine has such names; but without a path, metrics would begin with a dot
 }
 
-// What Expand takes for a reference, and what fillIn does.
+// templateRefs matches what Expand and fillIn take for a reference.
 var templateRefs = regexp.MustCompile(`^\$(?:\$|([\pL\p{Nd}_]+)|\{([\pL\p{Nd}_]+|label:[^{}]+)\})`)
 
-// templateRef returns what a template that starts with "$" refers to: the name of a group, "host", "label:" and a key, "" for "$$"; and the length
-// of that reference, 0 where it is none.
+// templateRef returns what a template that starts with "$" refers to: the name of a group, "host",
+// "label:" and a key, or "" for "$$". length is that of the reference, 0 if it is none.
 func templateRef(template string) (ref string, length int) {
 	m := templateRefs.FindStringSubmatch(template)
 	if m == nil {
@@ -140,7 +140,7 @@ func templateRef(template string) (ref string, length int) {
 }
 
 func hasGroup(re *regexp.Regexp, group string) bool {
-	// As Expand does, which takes $01 for a group named "01".
+	// For Expand, $01 is a group named "01".
 	if n, err := strconv.Atoi(group); err == nil && strconv.Itoa(n) == group {
 		return n <= re.NumSubexp()
 	}

@@ -14,8 +14,7 @@ import (
 	fastjson "github.com/segmentio/encoding/json"
 )
 
-// stats is what is used of a stats answer. What the engine did not send is nil.
-// https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerStats
+// stats is the part of a stats answer that is used: see engine.stats.
 type stats struct {
 	Read     *time.Time         `json:"read"`
 	NumProcs uint64             `json:"num_procs"` // CPUs, Windows only
@@ -55,7 +54,7 @@ type cpuStats struct {
 	} `json:"throttling_data"`
 }
 
-// memoryStats are bytes, where nothing else is said.
+// memoryStats are in bytes, if nothing else is said.
 type memoryStats struct {
 	Usage    count `json:"usage"`
 	MaxUsage count `json:"max_usage"` // cgroup v1
@@ -104,15 +103,15 @@ type blkioEntry struct {
 	Value uint64 `json:"value"`
 }
 
-// decodeStats reads a stats answer. One of a container that does not run, which has no
-// time or, from Podman, nothing in it, is errStopped.
+// decodeStats reads a stats answer. It returns errStopped for a container that does not run:
+// that answer has no time or, from Podman, nothing in it.
 func decodeStats(body []byte) (*stats, error) {
 	if len(body) == 0 {
 		return nil, errStopped
 	}
 	var s stats
 	err := fastjson.Unmarshal(body, &s)
-	if err != nil { // encoding/json says better why, and where
+	if err != nil { // encoding/json has the better errors
 		s = stats{}
 		err = json.Unmarshal(body, &s)
 	}
@@ -134,7 +133,7 @@ func decodeStats(body []byte) (*stats, error) {
 	return &s, nil
 }
 
-// details says which of the finer series are wanted.
+// details says which of the finer series to send.
 type details struct{ core, iface, device bool }
 
 // parseDetails reads a list such as "core,device"; an empty one asks for none.
@@ -149,13 +148,14 @@ func parseDetails(list string) (per details, err error) {
 			per.device = true
 		case "":
 		default:
-			return per, fmt.Errorf("there are no series per %s; write core, interface, device, or several of them with commas between", shown(name))
+			return per, fmt.Errorf("there are no series per %s; "+
+				"write core, interface, device, or several of them with commas between", shown(name))
 		}
 	}
 	return per, nil
 }
 
-// flatten adds to f the metrics of s, under path. What is not there is not sent: absent is not 0.
+// flatten adds the metrics of s to f, under path. What is absent is not sent: it is not 0.
 func (s *stats) flatten(f *flattener, path string, from origin, per details) {
 	f.path, f.at = path, s.Read.Unix()
 	f.cpu(&s.CPU, from.windows, per.core)
@@ -163,7 +163,7 @@ func (s *stats) flatten(f *flattener, path string, from origin, per details) {
 	f.networks(s, per.iface)
 	f.blkio(s, per.device)
 	f.add(".pids.current", s.Pids.Current)
-	if limit := s.Pids.Limit; limit.n != 0 && limit.n != math.MaxUint64 { // which say unlimited
+	if limit := s.Pids.Limit; limit.n != 0 && limit.n != math.MaxUint64 { // both mean unlimited
 		f.add(".pids.limit", limit)
 	}
 }
@@ -182,12 +182,12 @@ func (f *flattener) add(name string, c count) {
 	}
 }
 
-// addCount adds a number that this program has counted itself.
+// addCount adds a number that this program has counted.
 func (f *flattener) addCount(name string, n int) {
 	f.metrics = append(f.metrics, metric{f.path, name, whole(uint64(n)), f.at})
 }
 
-// addDecimal adds a metric of up to three digits after the point, unless f is no such number.
+// addDecimal adds a metric with up to three decimals, unless number is not fit for that.
 func (f *flattener) addDecimal(name string, number float64) {
 	if v, ok := decimal(number); ok {
 		f.metrics = append(f.metrics, metric{f.path, name, v, f.at})
@@ -248,7 +248,7 @@ func (f *flattener) memory(m *memoryStats) {
 	f.add(".memory.private_working_set", m.PrivateWorkingSet)
 }
 
-// workingSet is what `docker stats` shows as memory in use, not sent if the engine sent nothing of it.
+// workingSet is what `docker stats` shows as memory in use.
 // https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
 func (m *memoryStats) workingSet() count {
 	if m.PrivateWorkingSet.sent {
@@ -294,11 +294,13 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 
 func (f *flattener) network(path string, n *network) {
 	for _, c := range [...]struct {
-		name string // with the usual path, so that it has not to be made
+		name string // whole, so that the usual path needs no allocation
 		count
 	}{
-		{".network.rx_bytes", n.RxBytes}, {".network.rx_packets", n.RxPackets}, {".network.rx_errors", n.RxErrors}, {".network.rx_dropped", n.RxDropped},
-		{".network.tx_bytes", n.TxBytes}, {".network.tx_packets", n.TxPackets}, {".network.tx_errors", n.TxErrors}, {".network.tx_dropped", n.TxDropped},
+		{".network.rx_bytes", n.RxBytes}, {".network.rx_packets", n.RxPackets},
+		{".network.rx_errors", n.RxErrors}, {".network.rx_dropped", n.RxDropped},
+		{".network.tx_bytes", n.TxBytes}, {".network.tx_packets", n.TxPackets},
+		{".network.tx_errors", n.TxErrors}, {".network.tx_dropped", n.TxDropped},
 	} {
 		name := c.name
 		if path != ".network" {
@@ -334,9 +336,9 @@ func (f *flattener) blkio(s *stats, perDevice bool) {
 
 type device struct{ major, minor uint64 }
 
-// sumOf adds up the entries of an operation, on one device or, with nil, on all. It is not sent where
-// the engine sent no array, and 0 where that has no such entry: nothing was done yet. Total, Sync, Async and
-// Discard count again what read and write have, or none of it.
+// sumOf adds up the entries of an operation, on one device or, with nil, on all. The sum counts as
+// not sent if the engine sent no array. It is 0 if the array has no such entry: nothing was done
+// yet. Other operations, such as Total and Sync, repeat what read and write have.
 func sumOf(entries []blkioEntry, op string, on *device) count {
 	if entries == nil {
 		return count{}
@@ -350,8 +352,7 @@ func sumOf(entries []blkioEntry, op string, on *device) count {
 	return counted(total)
 }
 
-// cpuSample is what is kept of a container's sample for the next one, to make a percentage of
-// the two.
+// cpuSample is kept until a container's next sample, to make a percentage of the two.
 type cpuSample struct {
 	startedAt time.Time // the container
 	read      time.Time
@@ -360,7 +361,7 @@ type cpuSample struct {
 	cpus      uint64
 }
 
-// cpuSample returns nil where the engine sent no CPU time.
+// cpuSample returns nil if the engine sent no CPU time.
 func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
 	if !s.CPU.Usage.Total.sent {
 		return nil
@@ -372,12 +373,15 @@ func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
 	return sample
 }
 
-// percentSince returns how much CPU the container used since an earlier sample, by the formula
-// of `docker stats`: 100 is one full CPU, on Windows all of them. ok is false where that cannot be told: after
-// a restart, or when a clock did not go on.
+// percentSince returns how much CPU the container used since an earlier sample, by the formula of
+// `docker stats`: 100 is one full CPU, on Windows all of them. ok is false after a restart, or if
+// a clock did not go forward.
 // https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
 func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent float64, ok bool) {
-	if before == nil || now == nil || !now.startedAt.Equal(before.startedAt) || now.total < before.total || !now.read.After(before.read) {
+	if before == nil || now == nil || !now.startedAt.Equal(before.startedAt) {
+		return 0, false
+	}
+	if now.total < before.total || !now.read.After(before.read) {
 		return 0, false
 	}
 	used := float64(now.total - before.total)
@@ -386,7 +390,7 @@ func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent floa
 	case from.windows:
 		percent = used / (elapsed / 100 * float64(now.cpus)) * 100
 	case from.podman:
-		// Its system_cpu_usage is what was used of all CPUs, not what there was.
+		// Its system_cpu_usage is what all CPUs were used, not what they could give.
 		percent = used / elapsed * 100
 	case now.system > before.system:
 		percent = used / float64(now.system-before.system) * float64(now.cpus) * 100

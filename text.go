@@ -15,15 +15,15 @@ import (
 	docker "github.com/fsouza/go-dockerclient"
 )
 
-// What others say, made fit for a log line or an error: one line, no secrets, and the same
-// text for the same trouble.
+// What others say, fit for a log line or an error: one line, no secrets, and the same text for the
+// same trouble.
 
-// oneLine makes one line of the text of others, for a log or an error.
+// oneLine makes one line of text.
 func oneLine(text string) string {
 	return strings.Join(strings.Fields(text), " ")
 }
 
-// firstLine returns the first line of text that says anything, at most 200 bytes of it, without
+// firstLine returns the first line of text that is not blank, at most 200 bytes of it, without
 // control characters.
 func firstLine(text string) string {
 	for line := range strings.Lines(text) {
@@ -48,8 +48,8 @@ func errorText(err error) string {
 	return oneLine(err.Error())
 }
 
-// plainly returns the reason for which ctx ended, where it did, and else err in one line, without the
-// URL that net/http puts before it, which for a socket is none that a reader knows.
+// plainly returns why ctx ended, if it did. Else it returns err without what a reader does not
+// know or need: pages of HTML, and net/http's URL, which is made up for a socket.
 func plainly(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
@@ -68,8 +68,8 @@ func plainly(ctx context.Context, err error) error {
 	return stable(err)
 }
 
-// stable returns err without what differs from one connection to the next, the port at our end, where the
-// network is to blame: the log tells only what has changed.
+// stable returns err without the port at our end. The port is new with each connection, but the
+// log shows only trouble that is new.
 func stable(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Source != nil {
@@ -80,12 +80,12 @@ func stable(err error) error {
 	return err
 }
 
-// withoutUser is u without what may be secret in it.
+// withoutUser returns u without the parts that may be secret.
 func withoutUser(u *url.URL) string {
 	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 }
 
-// shown is text of a user's as it may be shown: not at all, if there may be a password in it.
+// shown quotes user input, or hides it if it may hold a password.
 func shown(text string) string {
 	if strings.ContainsAny(text, "@") || strings.Contains(text, "://") {
 		return "(not shown, as it may hold a password)"
@@ -93,11 +93,12 @@ func shown(text string) string {
 	return fmt.Sprintf("%q", text)
 }
 
-// maxText bounds what is read of a file that has an option's value, in bytes.
+// maxText bounds a file with an option's value, in bytes.
 const maxText = 1 << 20
 
-// readText returns what is in a file that a user has named, without what editors put around it: blanks, line ends, a byte order mark. Its errors
-// show the path as it may be shown: somebody may have put there what belongs into the file.
+// readText returns the content of a file that a user has named, without what editors put around
+// it: blanks, line ends, a byte order mark. Its errors hide a path that may be a password: users
+// mix up the file and its content.
 func readText(path string) (string, error) {
 	file, err := os.Open(path)
 	if err == nil {
@@ -108,12 +109,12 @@ func readText(path string) (string, error) {
 		}
 	}
 	if in := new(fs.PathError); errors.As(err, &in) {
-		err = in.Err // it repeats the path
+		err = in.Err // the PathError repeats the path
 	}
 	return "", fmt.Errorf("%s: %w", shown(path), err)
 }
 
-// readAtMost returns all that r has, or tooMuch if that is more than most bytes.
+// readAtMost returns all of r, or tooMuch if that is more than most bytes.
 func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(r, most+1))
 	if err == nil && int64(len(body)) > most {
@@ -122,7 +123,7 @@ func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	return body, err
 }
 
-// kindOf is what JSON calls a value.
+// kindOf is the name of the type of a JSON value.
 func kindOf(value []byte) string {
 	switch value[0] {
 	case '{':
@@ -139,7 +140,7 @@ func kindOf(value []byte) string {
 	return "number"
 }
 
-// noAnswer is the error of a call that took as long as it says.
+// noAnswer is the error of a call that timed out.
 type noAnswer time.Duration
 
 func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
