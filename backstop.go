@@ -74,6 +74,9 @@ func (b *backstop) String() string {
 	return withoutUser(b.url)
 }
 
+// closeIdle closes the connection if no request is in flight.
+func (b *backstop) closeIdle() { b.transport.CloseIdleConnections() }
+
 // passwordTrouble says why Backstop will not take the password, "" if it will, or if there
 // is none to take. Backstop compares what it got with the user:password pairs in its
 // BACKSTOP_AUTH, which are separated by commas.

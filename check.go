@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"slices"
 	"strconv"
@@ -14,12 +13,10 @@ import (
 	"time"
 )
 
-// check writes a table of what the rules make of each running container. No name has a blank in
-// it: only the remark at the end of a line may have some. ok is false if containers collide or
-// one cannot be named; the error is that of the engine, or of w.
-func (c *collector) check(ctx context.Context, w io.Writer) (ok bool, err error) {
-	c.log = slog.New(slog.DiscardHandler) // the table says it all
-	c.containers.log = c.log
+// check writes to w what the rules make of each running container: one line each, in columns that
+// scripts can split at blanks, with a remark at the end. ok is false if containers collide or one
+// cannot be named. The error is one of the engine or of w.
+func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) {
 	list, _, err := c.list(ctx)
 	if err != nil {
 		return false, err
@@ -48,7 +45,7 @@ func (c *collector) check(ctx context.Context, w io.Writer) (ok bool, err error)
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n",
 			known.name, rule, cmp.Or(known.category, "-"), metrics, remark)
 	}
-	table.Flush() // a Builder takes everything
+	table.Flush() // writing to a Builder cannot fail
 	for line := range strings.Lines(lines.String()) {
 		if _, err := fmt.Fprintln(w, strings.TrimRight(line, " \n")); err != nil {
 			return false, err

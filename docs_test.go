@@ -52,7 +52,7 @@ func allInOrder(pattern, text string) []string {
 
 func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	const option, variable = `(?m)^ *\|? *` + "`?" + `(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
-	_, help, _ := strings.Cut(usage, "\nOptions")
+	_, help, _ := strings.Cut(usage(), "\nOptions")
 	options := section(t, "## Options")
 	if got, want := allOf(option, options), allOf(option, help); !slices.Equal(got, want) {
 		t.Errorf("the README has the options %q, --help has %q", got, want)
@@ -321,8 +321,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 		return of, explained
 	}
 
-	help := fmt.Sprintf(usage, "unix:///var/run/docker.sock")
-	examples, help, _ := strings.Cut(help, "\nOptions; ")
+	examples, help, _ := strings.Cut(usage(), "\nOptions; ")
 	intro, options, _ := strings.Cut(help, "\n\n")
 	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
 	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can", "Each option can", 1) {

@@ -9,7 +9,6 @@ require (
 	github.com/fsouza/go-dockerclient v1.13.3
 	github.com/gofrs/flock v0.13.1
 	github.com/google/renameio/v2 v2.0.2
-	github.com/peterbourgon/ff/v3 v3.4.0
 	github.com/rogpeppe/go-internal v1.16.0
 	github.com/segmentio/encoding v0.5.4
 	golang.org/x/sync v0.24.0

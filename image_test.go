@@ -393,7 +393,7 @@ func TestComposeTakesTheFile(t *testing.T) {
 	if want := "http://" + backstop["BACKSTOP_AUTH"] + "@backstop:3000/publish/" + backstop["PREFIXES"]; daemon["SRV_BACKSTOP"] != want {
 		t.Errorf("SRV_BACKSTOP is %s, want %s", daemon["SRV_BACKSTOP"], want)
 	}
-	known := allOf(`\b(SRV_[A-Z_]+)\b`, usage)
+	known := allOf(`\b(SRV_[A-Z_]+)\b`, usage())
 	for name := range daemon {
 		if !slices.Contains(known, name) {
 			t.Errorf("there is no %s", name)

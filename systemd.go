@@ -8,58 +8,58 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 )
 
-// service tells systemd how it goes, where that has started us: that we are ready, that we are alive, and what is in the status
-// line of systemctl status. It is told at what happens anyway, so that nothing of ours happens between sweeps.
+// service tells systemd, if it has started this process, that the process is ready and alive, and
+// sets the status line of systemctl status. It has no timer of its own: a timer would wake the
+// process up between sweeps.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 type service struct {
 	send     func(state string)
-	queue    func() string // what is in the queue
-	watchdog time.Duration // how long systemd waits for a sign of life, 0 for ever
+	queue    func() string // describes what is in the queue
+	watchdog time.Duration // timeout of systemd's watchdog, 0: none
 
 	mu     sync.Mutex
-	sign   time.Time // when the last sign of life was given
+	pinged time.Time // when the watchdog was last pinged
 	swept  string    // what the last sweep brought
-	status string    // what was told last
+	status string    // the last one sent
 }
 
-// newService returns what tells the systemd that has started us. Its patience, WatchdogSec= in the unit, is
-// made longer where polls are rarer.
+// newService connects to the systemd that has started this process. If polls are rarer than
+// WatchdogSec= in the unit, it asks for a longer timeout.
 func newService(poll time.Duration, queue func() string) *service {
 	s := &service{queue: queue, swept: "no sweep yet", send: func(state string) {
-		_, _ = daemon.SdNotify(false, state) // there is nobody else to tell
+		_, _ = daemon.SdNotify(false, state) // no one else can be told
 	}}
-	if patience, err := daemon.SdWatchdogEnabled(false); err == nil && patience > 0 {
-		if s.watchdog = max(patience, 3*poll); s.watchdog > patience {
+	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
+		if s.watchdog = max(timeout, 3*poll); s.watchdog > timeout {
 			s.send(fmt.Sprintf("WATCHDOG_USEC=%d", s.watchdog.Microseconds()))
 		}
 	}
 	return s
 }
 
-// ready tells that we are.
 func (s *service) ready() { s.send(daemon.SdNotifyReady) }
 
-// ending tells that we end.
 func (s *service) ending() { s.send(daemon.SdNotifyStopping) }
 
-// alive gives a sign of life, if the last was a while ago. It may be called often.
+// alive pings the watchdog, at most every eighth of its timeout.
 func (s *service) alive() {
 	if s.watchdog == 0 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if now := time.Now(); now.Sub(s.sign) >= s.watchdog/8 {
-		s.sign = now
+	if now := time.Now(); now.Sub(s.pinged) >= s.watchdog/8 {
+		s.pinged = now
 		s.send(daemon.SdNotifyWatchdog)
 	}
 }
 
-// hasSwept tells what a sweep brought.
+// hasSwept puts the result of a sweep into the status.
 func (s *service) hasSwept(result sweepResult, took time.Duration) {
 	s.alive()
 	s.mu.Lock()
-	s.swept = fmt.Sprintf("last sweep: %d containers in %s, %d failed", result.running, took.Round(time.Millisecond), result.failed)
+	s.swept = fmt.Sprintf("last sweep: %d containers in %s, %d failed",
+		result.running, took.Round(time.Millisecond), result.failed)
 	if result.err != nil {
 		s.swept = "last sweep: " + errorText(result.err)
 	}
@@ -67,7 +67,7 @@ func (s *service) hasSwept(result sweepResult, took time.Duration) {
 	s.update()
 }
 
-// update tells what is in the queue now.
+// update sends the status, if it has changed.
 func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -15,6 +15,8 @@ import (
 	docker "github.com/fsouza/go-dockerclient"
 )
 
+const program = "docker-stats-to-backstop"
+
 // What others say, fit for a log line or an error: one line, no secrets, and the same text for the
 // same trouble.
 

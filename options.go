@@ -1,0 +1,372 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/docker/go-units"
+)
+
+const intro = `Feeds Graphite with the stats of this host's Docker containers, through Backstop.
+
+See what would be sent:
+
+    docker-stats-to-backstop --once
+
+Send it every minute:
+
+    docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker
+
+The same, with the metrics of my.container.name.x under my.name:
+
+    docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker \
+      --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}' --poll=60s
+
+Options; each can also be set by the environment variable beside it, or by a file that
+the variable with _FILE behind its name leads to, such as
+SRV_BACKSTOP_FILE=/run/secrets/backstop. The option wins over both, and an empty
+variable counts as unset.
+
+`
+
+const (
+	// maxCall is the longest timeout of a call to the engine.
+	maxCall = 10 * time.Second
+	// Bounds of --spool-limit, in bytes. A sweep of over a thousand containers fits into minSpool.
+	minSpool = 1 << 20
+	maxSpool = 1 << 50
+	// maxConcurrency is more than any engine has containers.
+	maxConcurrency = 10_000
+)
+
+// options are the values of all options, checked.
+type options struct {
+	backstop    *backstop // nil: standard output
+	engine      *engine
+	rules       rules
+	poll        time.Duration
+	host        string
+	per         details
+	spool       string // absolute path of the folder; "": keep metrics in memory
+	spoolLimit  int64  // bytes
+	concurrency int    // 0: adapt to the engine
+	check       bool
+	once        bool
+	verbose     bool
+	version     bool
+}
+
+// option is one row of the table of options.
+type option struct {
+	name     string
+	value    string // what --help calls the value; "": the option is a switch
+	fallback string // the value if none is given
+	origin   string // the variable of others that fallback may come from
+	flagOnly bool   // whether no variable sets it
+	order    int    // options with a lower order are parsed first
+	help     string // each line as --help prints it; %s stands for fallback
+	set      func(text string) error
+}
+
+// table lists all options in the order of --help. Their set functions write to o.
+func (o *options) table() []option {
+	state, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd may list several
+	return []option{
+		{name: "backstop", value: "URL", fallback: "-", set: into(&o.backstop, parseReceiver),
+			help: "where to send to: an http or https URL, with user:password@\n" +
+				"for Basic authentication; - prints the metrics as Carbon\n" +
+				"plaintext lines instead (default: %s)"},
+		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
+			origin: "DOCKER_HOST", order: 1, set: into(&o.engine, o.parseEngine), // after --poll
+			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
+				"https://, on Windows npipe:// too; DOCKER_TLS_VERIFY and\n" +
+				"DOCKER_CERT_PATH are read as the docker command reads them\n" +
+				"(default: $DOCKER_HOST, or else " + defaultDocker + ")"},
+		{name: "prefix", value: "JSON", set: into(&o.rules, parseRules),
+			help: "how a container's name becomes the prefix of its metrics:\n" +
+				`{"regexp":"…","into":"…"} replaces each match of the Go` + "\n" +
+				`regular expression by "into", where $1 is its first group and` + "\n" +
+				"${host} this host's name; or a list of such rules, of which the\n" +
+				"first that matches counts; or @FILE, which has them. More keys:\n" +
+				`"from", "category", "drop", see the README; --check shows what` + "\n" +
+				"comes out (default: the name as it is)"},
+		{name: "poll", value: "DURATION", fallback: "60s", set: into(&o.poll, parsePoll),
+			help: "how often, such as 10s, 1m or 1m30s (default: %s)"},
+		{name: "host", value: "NAME", set: into(&o.host, asItIs),
+			help: "the prefix of this host's own metrics\n(default: the engine's name for its host)"},
+		{name: "per", value: "LIST", set: into(&o.per, parseDetails),
+			help: "finer series as well: core, interface, device, or several of\n" +
+				"them with commas between (default: none)"},
+		{name: "spool", value: "DIR", fallback: state, origin: "STATE_DIRECTORY",
+			set: into(&o.spool, parseSpool),
+			help: "keep metrics in this folder until Backstop has them, so that they\n" +
+				"outlive a restart, a kill and a loss of power\n" +
+				"(default: $STATE_DIRECTORY, which systemd sets, or else none:\n" +
+				"they are kept in memory)"},
+		{name: "spool-limit", value: "SIZE", fallback: "256MiB",
+			set: into(&o.spoolLimit, parseSpoolLimit),
+			help: "how much is kept at most, in either place; then the oldest are\n" +
+				"given up (default: %s)"},
+		{name: "concurrency", value: "N", set: into(&o.concurrency, parseConcurrency),
+			help: "how many calls to the engine may be under way at the same time\n" +
+				"(default: as many as it needs, up to 512)"},
+		{name: "check", set: into(&o.check, strconv.ParseBool),
+			help: "show what --prefix makes of each running container, and exit: 0, or\n" +
+				"1 if two would have one name; nothing is sent"},
+		{name: "once", set: into(&o.once, strconv.ParseBool),
+			help: "poll once, deliver, and exit: 0, or 1 if anything failed"},
+		{name: "verbose", set: into(&o.verbose, strconv.ParseBool),
+			help: "log every poll and delivery as well"},
+		// SRV_VERSION is often there for something else.
+		{name: "version", flagOnly: true, order: -1, set: into(&o.version, strconv.ParseBool),
+			help: "print the version and exit"},
+		{name: "help", flagOnly: true, help: "print this and exit"}, // set by the flag package
+	}
+}
+
+// into returns a function that parses a text and stores the result in target.
+func into[T any](target *T, parse func(string) (T, error)) func(string) error {
+	return func(text string) (err error) {
+		*target, err = parse(text)
+		return err
+	}
+}
+
+// usage returns what --help prints.
+func usage() string {
+	const indent = 35 // columns left of the help texts
+	margin := "\n" + strings.Repeat(" ", indent)
+	var b strings.Builder
+	b.WriteString(intro)
+	for _, opt := range new(options).table() {
+		form := "--" + opt.name
+		if opt.value != "" {
+			form += "=" + opt.value
+		}
+		head := fmt.Sprintf("  %-16s  %-13s  ", form, opt.variable())
+		if len(head) > indent {
+			head = strings.TrimRight(head, " ") + margin
+		}
+		help := strings.ReplaceAll(opt.help, "%s", opt.fallback)
+		b.WriteString(head + strings.ReplaceAll(help, "\n", margin) + "\n")
+	}
+	return b.String()
+}
+
+// parseOptions reads the options from args and from the environment. Its errors are one
+// line and show no value that may hold a secret. For --help it returns flag.ErrHelp.
+func parseOptions(args []string) (*options, error) {
+	o := new(options)
+	table := o.table()
+	flags, err := parseFlags(table, args)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortStableFunc(table, func(a, b option) int { return cmp.Compare(a.order, b.order) })
+	for _, opt := range table {
+		text, from, err := opt.lookUp(flags)
+		if err != nil {
+			return nil, err
+		}
+		if text == "" {
+			continue
+		}
+		err = opt.set(text)
+		switch {
+		case err != nil && opt.value == "":
+			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from)
+		case err != nil:
+			return nil, fmt.Errorf("%s: %w", from, err)
+		case o.version:
+			return o, nil // the other options do not matter
+		}
+	}
+	return o, nil
+}
+
+// parseFlags returns the options on the command line by name, with their unparsed values.
+func parseFlags(table []option, args []string) (map[string]string, error) {
+	given := map[string]string{}
+	flags := flag.NewFlagSet(program, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	for _, opt := range table {
+		// The values are parsed later: errors of the flag package show them, passwords too.
+		keep := func(text string) error { given[opt.name] = text; return nil }
+		switch {
+		case opt.set == nil:
+		case opt.value == "":
+			flags.BoolFunc(opt.name, "", keep)
+		default:
+			flags.Func(opt.name, "", keep)
+		}
+	}
+	if err := flags.Parse(args); err != nil {
+		return nil, explainFlag(err)
+	}
+	if flags.NArg() > 0 {
+		stray := shown(flags.Arg(0))
+		if strings.Contains(stray, ":") { // probably user:password
+			stray = shown("@")
+		}
+		return nil, fmt.Errorf(
+			"unexpected argument %s: options are written --name=value; see --help", stray)
+	}
+	for _, opt := range table {
+		text, isGiven := given[opt.name]
+		switch {
+		case !isGiven || opt.value == "":
+		case text == "":
+			return nil, fmt.Errorf("--%s is empty: give it a value, "+
+				"or leave it out for the default; see --help", opt.name)
+		case strings.HasPrefix(text, "--"): // the next option, taken for the value
+			return nil, needsValue(opt.name)
+		}
+	}
+	return given, nil
+}
+
+// explainFlag says what is wrong with the command line without the values in it, which may be
+// secret. err is from the flag package.
+func explainFlag(err error) error {
+	if errors.Is(err, flag.ErrHelp) {
+		return err
+	}
+	text := err.Error()
+	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
+		// Show the name only: a user may have typed --backstop:URL.
+		if end := strings.IndexFunc(name, func(r rune) bool {
+			return r != '-' && (r < 'a' || r > 'z')
+		}); end >= 0 {
+			name = name[:end]
+		}
+		if name == "rules" { // in the last version of 2015
+			return errors.New("--rules is called --prefix now; the list itself is as it was")
+		}
+		return fmt.Errorf(
+			"unknown option --%s; options are written --name=value; see --help", name)
+	}
+	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
+		return needsValue(name)
+	}
+	return errors.New("an option is not written --name=value; see --help")
+}
+
+func needsValue(name string) error {
+	return fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", name)
+}
+
+// variable returns the name of the option's environment variable, "" if it has none.
+func (opt *option) variable() string {
+	if opt.flagOnly {
+		return ""
+	}
+	return "SRV_" + strings.ToUpper(strings.ReplaceAll(opt.name, "-", "_"))
+}
+
+// lookUp returns the unparsed value of the option, and where it comes from: the flag if it is
+// given, else the variable, else the file that the _FILE variable names, else the default.
+func (opt *option) lookUp(flags map[string]string) (text, from string, err error) {
+	from = "--" + opt.name
+	if text, isGiven := flags[opt.name]; isGiven || opt.flagOnly {
+		return text, from, nil
+	}
+	variable := opt.variable()
+	text, path := os.Getenv(variable), os.Getenv(variable+"_FILE")
+	switch {
+	case text != "" && path != "":
+		return "", "", fmt.Errorf("%s and %[1]s_FILE are both set: unset one of them", variable)
+	case text != "":
+		return text, variable, nil
+	case path == "":
+		return opt.fallback, cmp.Or(opt.origin, from), nil
+	}
+	from = variable + "_FILE"
+	text, err = readText(path)
+	if err != nil {
+		err = fmt.Errorf("%s: %w: the path of a file that has the value is wanted", from, err)
+	} else if text == "" {
+		err = fmt.Errorf("%s: %s is empty", from, shown(path))
+	}
+	return text, from, err
+}
+
+// warnOfRules says that the variable of the last version of 2015 has another name now.
+func (o *options) warnOfRules(log *slog.Logger) {
+	if os.Getenv("SRV_RULES") != "" && o.rules == nil {
+		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")
+	}
+}
+
+// parseReceiver returns nil for standard output.
+func parseReceiver(text string) (*backstop, error) {
+	if text == "-" {
+		return nil, nil
+	}
+	return newBackstop(text)
+}
+
+// parseEngine needs o.poll: a container that hangs must not delay the next poll.
+func (o *options) parseEngine(text string) (*engine, error) {
+	return newEngine(text, min(maxCall, o.poll-o.poll/10))
+}
+
+func parsePoll(text string) (time.Duration, error) {
+	poll, err := time.ParseDuration(text)
+	if err != nil {
+		return 0, fmt.Errorf(
+			"%s is not a duration; write one with its unit, such as 60s or 1m30s", shown(text))
+	}
+	if poll <= 0 {
+		return 0, fmt.Errorf("%s is not longer than 0; write a duration such as 60s", text)
+	}
+	return poll, nil
+}
+
+func asItIs(text string) (string, error) { return text, nil }
+
+// parseSpool returns the absolute path of a folder that can be a spool.
+func parseSpool(text string) (string, error) {
+	if strings.Contains(text, "://") {
+		return "", fmt.Errorf("%s is not the path of a folder", shown(text))
+	}
+	dir, err := filepath.Abs(text)
+	if err != nil {
+		return "", err
+	}
+	if trouble := spoolTrouble(dir); trouble != "" {
+		return "", fmt.Errorf("%s: %s", shown(text), trouble)
+	}
+	return dir, nil
+}
+
+func parseSpoolLimit(text string) (int64, error) {
+	limit, err := units.RAMInBytes(text)
+	if err != nil {
+		return 0, fmt.Errorf(
+			"%s is not a size; write one such as 256MiB, 512M or 1GiB", shown(text))
+	}
+	if limit < minSpool || limit > maxSpool {
+		return 0, fmt.Errorf(
+			"%s is not between 1MiB and 1PiB; write a size such as 256MiB", shown(text))
+	}
+	return limit, nil
+}
+
+func parseConcurrency(text string) (int, error) {
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 || n > maxConcurrency {
+		return 0, fmt.Errorf("%s is not a number from 1 to %d; "+
+			"leave it out for the default, which suits most engines", shown(text), maxConcurrency)
+	}
+	return n, nil
+}
