@@ -20,21 +20,30 @@ const (
 	// keepAlive is how long an idle connection is kept. Backstop's server closes one
 	// after 20 s, and a request sent just then would be lost.
 	keepAlive = 15 * time.Second
-	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted in less.
+	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted
+	// in less.
 	leadAfter = time.Second
-	// leadPause is what Carbon's host has to tell Backstop's that the connection is dead: more than the
-	// round trip between the two.
+	// leadPause is what Carbon's host has to tell Backstop's that the connection is dead: more than
+	// the round trip between the two.
 	leadPause = 50 * time.Millisecond
+	// maxTries is how often a request is sent that a server error answers, before delivery waits.
+	maxTries = 3
 	// maxRetryAfter is how far we follow a Retry-After.
 	maxRetryAfter = time.Hour
 )
+
+// destination is where metrics are delivered to.
+type destination struct {
+	name string // for the log
+	post func(ctx context.Context, body []byte) error
+}
 
 // backstop is the client of one Backstop URL.
 // https://github.com/obfuscurity/backstop
 type backstop struct {
 	url       *url.URL // without the credentials
 	auth      *url.Userinfo
-	transport *http.Transport // and no http.Client, which would follow redirects: a POST would turn into a GET
+	transport *http.Transport // a http.Client would follow redirects, and turn a POST into a GET
 	timeout   time.Duration   // for a request
 	leadAfter time.Duration   // the pause after which a lead goes ahead
 	leadPause time.Duration   // between it and what follows
@@ -46,23 +55,28 @@ type backstop struct {
 // which may hold a password.
 func newBackstop(text string) (*backstop, error) {
 	u, err := url.Parse(text)
-	const want = "want one such as https://user:password@backstop.server/publish/docker, or - for standard output"
+	const want = "want one such as https://user:password@backstop.server/publish/docker, " +
+		"or - for standard output"
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("not a URL; %s; in user and password, write %%40 for @, %%2F for /, %%25 for %% and so on", want)
+		return nil, errors.New("not a URL; " + want +
+			"; in user and password, write %40 for @, %2F for /, %25 for % and so on")
 	case u.Scheme != "http" && u.Scheme != "https":
 		return nil, errors.New("not an http:// or https:// URL; " + want)
 	case strings.Contains(u.Path, "@"):
-		return nil, errors.New("there is an @ in the path of the URL; in user and password, write %2F for /; " + want)
+		return nil, errors.New("there is an @ in the path of the URL; " +
+			"in user and password, write %2F for /; " + want)
 	case u.Hostname() == "":
 		return nil, errors.New("no host in the URL; " + want)
 	case strings.Trim(u.Path, "/") == "":
-		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, where PREFIX is one of its PREFIXES; " + want)
+		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, " +
+			"where PREFIX is one of its PREFIXES; " + want)
 	}
 	b := &backstop{url: u, auth: u.User, transport: http.DefaultTransport.(*http.Transport).Clone(),
 		timeout: postTimeout, leadAfter: leadAfter, leadPause: leadPause}
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
-	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/") // Backstop answers 404 to a trailing slash
+	// Backstop answers 404 to a trailing slash.
+	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/")
 	b.transport.IdleConnTimeout = keepAlive
 	b.transport.TLSHandshakeTimeout = postTimeout
 	return b, nil
@@ -89,36 +103,60 @@ func (b *backstop) passwordTrouble() string {
 	case password == "":
 		return "the password for Backstop is empty, and it answers 401 to that"
 	case strings.ContainsAny(b.auth.Username()+password, ":,"):
-		return "the user or the password for Backstop has a colon or a comma in it, and it answers 401 to that"
+		return "the user or the password for Backstop has a colon or a comma in it, " +
+			"and it answers 401 to that"
 	}
 	return ""
 }
 
-// post sends one request with a body from encode. It returns nil only when Backstop said
-// that it has taken it (2xx), *refusal when it said anything else, and other errors when it
-// could not be asked.
+// post delivers a body from encode. It returns nil only when Backstop said that it has taken it
+// (2xx), *refusal when it said anything else, and other errors when it could not be asked.
 //
-// Backstop's word is not enough after a pause: it keeps one connection to Carbon, and when Carbon was
-// restarted meanwhile, it answers 200 and loses what it writes until the connection's end is noticed, up to the
-// whole body. So after a pause the body's last metric goes ahead, twice: the first finds the connection
-// dead, the second makes Backstop open another. Whatever becomes of the two, the body has that metric as well.
+// Backstop's word is not enough after a pause: it keeps one connection to Carbon. When Carbon was
+// restarted meanwhile, Backstop answers 200 and loses what it writes, up to the whole body, until
+// it notices the end of that connection. So after a pause the body's last metric goes ahead, twice:
+// the first finds the connection dead, the second makes Backstop open another. The body has that
+// metric as well, so nothing is lost with the two.
 func (b *backstop) post(ctx context.Context, body []byte) error {
 	if time.Since(b.asked) > b.leadAfter {
 		for range 2 {
-			var r *refusal
-			err := b.request(ctx, lastOf(body))
-			if err != nil && !(errors.As(err, &r) && r.remedy() == halveIt) { // that is to be found out with the body
+			// What is wrong with the metric is found out with the body.
+			if err := b.insist(ctx, lastOf(body)); err != nil && !isToHalve(err) {
 				return err
 			}
-			select {
-			case <-time.After(b.leadPause):
-			case <-ctx.Done():
-				return context.Cause(ctx)
+			if err := b.pause(ctx); err != nil {
+				return err
 			}
 		}
 		b.asked = time.Now()
 	}
-	return b.request(ctx, body)
+	return b.insist(ctx, body)
+}
+
+// insist sends a request and, if a server error answers it, the same again. If one of several
+// Backstops behind a balancer is broken, the next one gets it. To wait first, and to begin with the
+// lead again, could keep step with the balancer for ever.
+func (b *backstop) insist(ctx context.Context, body []byte) error {
+	for tries := 1; ; tries++ {
+		err := b.request(ctx, body)
+		var r *refusal
+		if !errors.As(err, &r) || r.status/100 != 5 || r.retryAfter > 0 || tries == maxTries {
+			return err
+		}
+		if err := b.pause(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// pause waits between two requests that belong together.
+func (b *backstop) pause(ctx context.Context) error {
+	select {
+	case <-time.After(b.leadPause):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // request sends one request, as post does, but for the lead.
@@ -231,14 +269,18 @@ func hint(resp *http.Response, line string) string {
 	switch resp.StatusCode {
 	case http.StatusBadRequest:
 		if line != "missing fields" && line != "JSON is required" {
-			return "this is not Backstop's answer: check what is at the address in --backstop, and whether it wants https://"
+			return "this is not Backstop's answer: " +
+				"check what is at the address in --backstop, and whether it wants https://"
 		}
 	case http.StatusUnauthorized:
-		return "check user and password in --backstop against BACKSTOP_AUTH, which Backstop was started with"
+		return "check user and password in --backstop against BACKSTOP_AUTH, " +
+			"which Backstop was started with"
 	case http.StatusForbidden:
-		return "Backstop in development mode, its default, refuses host names it does not know: start it with RACK_ENV=production"
+		return "Backstop in development mode, its default, refuses host names it does not know: " +
+			"start it with RACK_ENV=production"
 	case http.StatusNotFound:
-		return "the path in --backstop has to be /publish/ and one of the PREFIXES that Backstop was started with"
+		return "the path in --backstop has to be /publish/ and one of the PREFIXES " +
+			"that Backstop was started with"
 	}
 	if resp.StatusCode/100 == 3 {
 		if to, err := resp.Location(); err == nil {
@@ -248,21 +290,30 @@ func hint(resp *http.Response, line string) string {
 	return ""
 }
 
-// printer is what stands in for Backstop with --backstop=-: it writes metrics to w as lines
-// of Carbon's plaintext protocol.
+// isToHalve reports whether a part of a request is to blame for err, or its size.
+func isToHalve(err error) bool {
+	var r *refusal
+	return errors.As(err, &r) && r.remedy() == halveIt
+}
+
+func isTooLarge(err error) bool {
+	var r *refusal
+	return errors.As(err, &r) && r.status == http.StatusRequestEntityTooLarge
+}
+
+// printer is what stands in for Backstop with --backstop=-: it writes metrics to w as lines of
+// Carbon's plaintext protocol.
 func printer(w io.Writer) destination {
-	return destination{
-		name: "standard output",
-		encode: func(metrics []metric) []byte {
-			var lines []byte
-			for _, m := range metrics {
-				lines = m.appendLine(lines)
-			}
-			return lines
-		},
-		post: func(_ context.Context, lines []byte) error {
-			_, err := w.Write(lines)
+	return destination{"standard output", func(_ context.Context, body []byte) error {
+		metrics, err := decode(body)
+		if err != nil {
 			return err
-		},
-	}
+		}
+		var lines []byte
+		for _, m := range metrics {
+			lines = m.appendLine(lines)
+		}
+		_, err = w.Write(lines)
+		return err
+	}}
 }

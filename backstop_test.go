@@ -123,7 +123,8 @@ func TestPostFailures(t *testing.T) {
 			continue
 		}
 		var refusal *refusal
-		if !regexp.MustCompile(test.want).MatchString(err.Error()) || errors.As(err, &refusal) && refusal.remedy() != test.remedy {
+		if !regexp.MustCompile(test.want).MatchString(err.Error()) ||
+			errors.As(err, &refusal) && refusal.remedy() != test.remedy {
 			t.Errorf("%s: %v", test.why, err)
 		}
 	}
@@ -137,7 +138,8 @@ func TestPostFailures(t *testing.T) {
 	b := mustBackstop(t, s.at("user:password", "/publish/docker"))
 	b.timeout = 500 * time.Millisecond
 	s.set("", hang)
-	if err := b.post(t.Context(), []byte("[]")); err == nil || err.Error() != "no answer within 500ms" {
+	if err := b.post(t.Context(), []byte("[]")); err == nil ||
+		err.Error() != "no answer within 500ms" {
 		t.Errorf("a request that hangs: %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -146,7 +148,9 @@ func TestPostFailures(t *testing.T) {
 		t.Errorf("after the end: %v", err)
 	}
 	s.Close()
-	if err := b.post(t.Context(), []byte("[]")); err == nil || !strings.HasSuffix(err.Error(), "connection refused") || strings.Contains(err.Error(), "password") {
+	if err := b.post(t.Context(), []byte("[]")); err == nil ||
+		!strings.HasSuffix(err.Error(), "connection refused") ||
+		strings.Contains(err.Error(), "password") {
 		t.Errorf("nobody there: %v", err)
 	}
 }
@@ -222,7 +226,11 @@ func TestRetryAfter(t *testing.T) {
 		w.WriteHeader(503)
 	})
 	var r *refusal
-	if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), onePoint); !errors.As(err, &r) || r.retryAfter != 2*time.Minute {
+	if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), onePoint); !errors.As(
+		err,
+		&r,
+	) ||
+		r.retryAfter != 2*time.Minute {
 		t.Errorf("%v", err)
 	}
 }
@@ -232,7 +240,13 @@ func TestLead(t *testing.T) {
 	s := newStandIn(t)
 	b := mustBackstop(t, s.URL+"/publish/docker")
 	b.leadAfter = time.Hour
-	body := encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409680}, {"", "web.c", whole(3), 1795409680}})
+	body := encode(
+		[]metric{
+			{"", "web.a", whole(1), 1795409680},
+			{"", "web.b", whole(2), 1795409680},
+			{"", "web.c", whole(3), 1795409680},
+		},
+	)
 	for range 2 {
 		if err := b.post(t.Context(), body); err != nil {
 			t.Error(err)
@@ -258,7 +272,8 @@ func TestLead(t *testing.T) {
 		answerWith(400, "missing fields")(w, r)
 	})
 	for range 2 {
-		if err := b.post(t.Context(), body); err == nil || err.Error() != "answer 400 Bad Request: missing fields" {
+		if err := b.post(t.Context(), body); err == nil ||
+			err.Error() != "answer 400 Bad Request: missing fields" {
 			t.Error(err)
 		}
 	}
@@ -297,7 +312,13 @@ func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 		}
 		got := strings.Count(s.lines(), "\n") - 1 // onePoint
 		if lost := got < len(metrics); lost != test.lost {
-			t.Errorf("%s from Carbon, after %s: %d of %d arrived", test.roundTrip, test.idle, got, len(metrics))
+			t.Errorf(
+				"%s from Carbon, after %s: %d of %d arrived",
+				test.roundTrip,
+				test.idle,
+				got,
+				len(metrics),
+			)
 		}
 	}
 }

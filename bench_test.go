@@ -77,14 +77,14 @@ func BenchmarkSweep(b *testing.B) {
 	target := mustBackstop(b, s.URL+"/publish/docker")
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	c := newCollector(e, nil, log)
-	q := newQueue(destination{"Backstop", encode, target.post}, 256<<20, log)
+	q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, "")
 	c.sweep(b.Context()) // which asks for more
 	b.ReportAllocs()
 	for b.Loop() {
 		result := c.sweep(b.Context())
 		q.put(append(result.metrics, q.own("h", time.Now())...))
-		for q.metrics > 0 {
-			if err := q.send(context.Background(), q.next()); err != nil {
+		for q.waiting() > 0 {
+			if err := q.try(b); err != nil {
 				b.Fatal(err)
 			}
 		}

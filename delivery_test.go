@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -12,27 +14,174 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
-// Delivery through real sockets and files, with everything between the queue and Carbon that can go wrong: what is
-// there in the end is what was sampled, all of it.
+// points returns n metrics whose values tell them apart.
+func points(from, n int) []metric {
+	metrics := make([]metric, n)
+	for i := range metrics {
+		metrics[i] = metric{"", "web.a", whole(uint64(from + i)), 1795409680 + int64(from+i)}
+	}
+	return metrics
+}
+
+// receiver takes metrics, and fails as it is told.
+type receiver struct {
+	fail func(attempt int, values []int) error
+
+	mu    sync.Mutex
+	tries int
+	at    []time.Duration // of the tries
+	start time.Time
+	sizes []int // of the requests that were taken
+	got   []int // the values
+}
+
+func (r *receiver) destination() destination { return destination{"Backstop", r.post} }
+
+// sofar returns the number of tries, and the values that arrived.
+func (r *receiver) sofar() (tries int, got []int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tries, slices.Clone(r.got)
+}
+
+func (r *receiver) post(_ context.Context, body []byte) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.start.IsZero() {
+		r.start = time.Now()
+	}
+	r.tries++
+	r.at = append(r.at, time.Since(r.start))
+	var items []struct{ Value int }
+	if err := json.Unmarshal(body, &items); err != nil {
+		return err
+	}
+	values := make([]int, len(items))
+	for i, item := range items {
+		values[i] = item.Value
+	}
+	if r.fail != nil {
+		if err := r.fail(r.tries, values); err != nil {
+			return err
+		}
+	}
+	r.sizes = append(r.sizes, len(items))
+	r.got = append(r.got, values...)
+	return nil
+}
+
+// inOrder tells whether r got the points from to to-1, each once, oldest first.
+func (r *receiver) inOrder(t *testing.T, from, to int) {
+	t.Helper()
+	if len(r.got) != to-from {
+		t.Errorf("%d metrics arrived, want %d", len(r.got), to-from)
+		return
+	}
+	for i, value := range r.got {
+		if value != from+i {
+			t.Errorf("metric %d arrived in the place of %d", value, from+i)
+			return
+		}
+	}
+}
+
+// rig is a queue and what delivers from it.
+type rig struct {
+	*queue
+	*delivery
+}
+
+// newRig returns a rig that holds up to limit bytes, in memory or, where dir is not "", in a spool
+// there.
+func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *logged) {
+	t.Helper()
+	log := &logged{}
+	q := newQueue(limit, log.logger())
+	if dir != "" {
+		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(q.spool.close)
+	}
+	return &rig{q, newDelivery(to, q, log.logger())}, log
+}
+
+// queue returns a rig for r that holds up to 1 MiB in memory, and its log.
+func (r *receiver) queue(
+	t testing.TB,
+) (*rig, *logged) {
+	return newRig(t, r.destination(), 1<<20, "")
+}
+
+// spooled returns a rig for r with its spool in dir, and its log.
+func (r *receiver) spooled(t testing.TB, dir string) (*rig, *logged) {
+	return newRig(t, r.destination(), 1<<20, dir)
+}
+
+// next returns the batch whose turn it is.
+func (r *rig) next() *batch { return r.queue.next(r.newest, r.rest) }
+
+// try makes one try of delivery.
+func (r *rig) try(t testing.TB) error { return r.send(t.Context(), r.next()) }
+
+// waiting returns how many metrics wait.
+func (r *rig) waiting() (metrics int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	metrics, _ = r.size()
+	return metrics
+}
+
+// deliverAll delivers what is in q and ends it.
+func deliverAll(t *testing.T, q *rig) {
+	t.Helper()
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// figuresOf returns q's own figures, such as "sent 1, retried 0, dropped 0".
+func figuresOf(q *rig) string {
+	own := asLines(q.own("h", time.Unix(1, 0)))
+	m := regexp.MustCompile(`h\.metrics\.sent (\d+) 1\nh\.metrics\.retried (\d+) 1\nh\.metrics\.dropped (\d+) 1\n`).
+		FindStringSubmatch(own)
+	return fmt.Sprintf("sent %s, retried %s, dropped %s", m[1], m[2], m[3])
+}
+
+// Delivery through real sockets and files, with everything between the queue and Carbon that can go
+// wrong: what is there in the end is what was sampled, all of it.
 
 // sampled returns a sweep of n metrics, the time of which is that of the sweep's number.
 func sampled(sweep, n int) []metric {
 	metrics := make([]metric, n)
 	for i := range metrics {
-		metrics[i] = metric{"", fmt.Sprintf("web.m%d", i), whole(uint64(sweep)), 1795409680 + int64(sweep)*60}
+		metrics[i] = metric{
+			"",
+			fmt.Sprintf("web.m%d", i),
+			whole(uint64(sweep)),
+			1795409680 + int64(sweep)*60,
+		}
 	}
 	return metrics
 }
 
 // sometimes is a fault of some of the requests, counted from 1.
-func sometimes(when func(request int) bool, fault http.HandlerFunc, else_ http.Handler) http.HandlerFunc {
+func sometimes(
+	when func(request int) bool,
+	fault http.HandlerFunc,
+	else_ http.Handler,
+) http.HandlerFunc {
 	var mu sync.Mutex
 	n := 0
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -139,7 +288,8 @@ func TestEverythingArrives(t *testing.T) {
 				if got := s.lines(); got != sortedLines(want) {
 					t.Errorf("what arrived is not what was sampled")
 				}
-				if held := asLines(q.own("h", time.Unix(1, 0))); !strings.Contains(held, ".spooled 0 ") || !strings.Contains(held, ".dropped 0 ") {
+				if held := asLines(q.own("h", time.Unix(1, 0))); !strings.Contains(held, ".spooled 0 ") ||
+					!strings.Contains(held, ".dropped 0 ") {
 					t.Errorf("in the end\n%s", held)
 				}
 				if q.spool != nil {
@@ -152,20 +302,18 @@ func TestEverythingArrives(t *testing.T) {
 	}
 }
 
-// deliveringTo returns a queue for the stand-in, in memory or with a spool, that does not wait for long, and its log.
-func deliveringTo(t *testing.T, s *standIn, spooled bool) (*queue, *backstop, *logged) {
+// deliveringTo returns a rig for the stand-in, in memory or with a spool, that does not wait for
+// long, and its log.
+func deliveringTo(t *testing.T, s *standIn, spooled bool) (*rig, *backstop, *logged) {
 	t.Helper()
 	b := mustBackstop(t, s.URL+"/publish/docker")
 	b.leadPause = time.Millisecond
-	log := &logged{}
-	q := newQueue(destination{"Backstop", encode, b.post}, 8<<20, log.logger())
-	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
+	dir := ""
 	if spooled {
-		if err := q.useSpool(&spool{dir: filepath.Join(t.TempDir(), "spool"), log: log.logger()}); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(q.spool.close)
+		dir = newDir(t)
 	}
+	q, log := newRig(t, destination{"Backstop", b.post}, 8<<20, dir)
+	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
 	return q, b, log
 }
 
@@ -218,7 +366,12 @@ func TestEverythingArrivesButTheBad(t *testing.T) {
 		if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
 			t.Errorf("%s: %v", where, err)
 		}
-		want := strings.Replace(asLines(sampled(0, maxBatch))+asLines(sampled(1, 20)), "web.m1234 0 1795409680\n", "", 1)
+		want := strings.Replace(
+			asLines(sampled(0, maxBatch))+asLines(sampled(1, 20)),
+			"web.m1234 0 1795409680\n",
+			"",
+			1,
+		)
 		if s.lines() != sortedLines(want) {
 			t.Errorf("%s: what arrived is not what was sampled", where)
 		}
@@ -253,7 +406,8 @@ func TestEverythingArrivesInSmallRequests(t *testing.T) {
 	}
 }
 
-// ticking is an engine's clock: every stats answer is a minute after the one before, so that each is a point of its own.
+// ticking is an engine's clock: every stats answer is a minute after the one before, so that each
+// is a point of its own.
 type ticking struct {
 	mu     sync.Mutex
 	ticks  int64
@@ -270,7 +424,10 @@ func (c *ticking) stats(r *replay, container, file string) http.HandlerFunc {
 		c.served = append(c.served, fmt.Sprintf("%s.pids.current %d", container, at.Unix()))
 		c.mu.Unlock()
 		body, _ := os.ReadFile(filepath.Join(r.dir, file))
-		w.Write(regexp.MustCompile(`"read":"[^"]*"`).ReplaceAll(body, []byte(`"read":"`+at.Format(time.RFC3339)+`"`)))
+		w.Write(
+			regexp.MustCompile(`"read":"[^"]*"`).
+				ReplaceAll(body, []byte(`"read":"`+at.Format(time.RFC3339)+`"`)),
+		)
 		select {
 		case c.asked <- struct{}{}:
 		default:
@@ -278,7 +435,8 @@ func (c *ticking) stats(r *replay, container, file string) http.HandlerFunc {
 	}
 }
 
-// Killed at any moment, it loses at most the sweep that was under way; all others arrive in the next life, or a later one.
+// Killed at any moment, it loses at most the sweep that was under way; all others arrive in the
+// next life, or a later one.
 func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	binary, err := exec.LookPath(program) // see testscript.Main
 	if err != nil {
@@ -291,7 +449,13 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "spool")
 	var log bytes.Buffer
 	start := func() *exec.Cmd {
-		daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--docker="+engine.URL, "--poll=500ms", "--spool="+dir)
+		daemon := exec.Command(
+			binary,
+			"--backstop="+s.URL+"/publish/docker",
+			"--docker="+engine.URL,
+			"--poll=500ms",
+			"--spool="+dir,
+		)
 		daemon.Stderr = &log
 		if err := daemon.Start(); err != nil {
 			t.Fatal(err)
@@ -303,7 +467,14 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	sure, perhaps := map[string]bool{}, map[string]bool{}
 	const lives = 20
 	for range lives {
-		faults := []http.HandlerFunc{nil, nil, answerWith(503, ""), hang, resets(true), sometimes(func(n int) bool { return n%4 == 0 }, resets(true), http.HandlerFunc(s.answer))}
+		faults := []http.HandlerFunc{
+			nil,
+			nil,
+			answerWith(503, ""),
+			hang,
+			resets(true),
+			sometimes(func(n int) bool { return n%4 == 0 }, resets(true), http.HandlerFunc(s.answer)),
+		}
 		s.set("", faults[random.IntN(len(faults))])
 		daemon := start()
 		select {
@@ -361,7 +532,12 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	t.Logf("%d sweeps in %d lives, %d of them perhaps lost", len(sure)+len(perhaps), lives, len(perhaps))
+	t.Logf(
+		"%d sweeps in %d lives, %d of them perhaps lost",
+		len(sure)+len(perhaps),
+		lives,
+		len(perhaps),
+	)
 }
 
 func sortedLines(text string) string {
@@ -378,6 +554,894 @@ func awaitText(t *testing.T, read func() string, text string, times int) {
 		}
 		if time.Now().After(deadline) {
 			t.Fatalf("not %d times %s in\n%s", times, text, all)
+		}
+	}
+}
+
+func TestQueueDeliversInBatches(t *testing.T) {
+	r := &receiver{}
+	q, log := r.queue(t)
+	q.put(nil)
+	q.put(points(0, 12_001))
+	q.put(points(12_001, 3))
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, 12_004)
+	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
+		t.Errorf("requests of %s", got)
+	}
+	if got := log.take(); got != "" {
+		t.Errorf("logged %s", got)
+	}
+}
+
+// Sampling goes on while nothing can be delivered, and nothing is lost nor out of order.
+func TestQueueOutlastsAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		begin := time.Now()
+		r.fail = func(int, []int) error {
+			if time.Since(begin) < 10*time.Minute {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 20 {
+			q.put(points(i*10, 10))
+			time.Sleep(time.Minute)
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		r.inOrder(t, 0, 200)
+		if got, want := figuresOf(q), fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20)); got != want {
+			t.Errorf("its own figures are %s after %d tries, want %s", got, r.tries, want)
+		}
+		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits
+		// for long.
+		if r.tries < 20+10 || r.tries > 20+40 {
+			t.Errorf("%d tries", r.tries)
+		}
+		for i := 1; i < len(r.at); i++ {
+			if pause := r.at[i] - r.at[i-1]; pause > 90*time.Second {
+				t.Errorf("a pause of %s", pause)
+			}
+		}
+		want := regexp.MustCompile(
+			`^level=ERROR msg="Backstop unreachable, keeping metrics" since=2026-11-23T04:54:40Z error="connection refused"
+level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
+$`,
+		)
+		if got := log.take(); !want.MatchString(got) {
+			t.Errorf("logged\n%swant\n%s", got, want)
+		}
+	})
+}
+
+// A backlog does not hold up what is measured now, and goes out oldest first.
+func TestQueueFreshGoesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		r.fail = func(try int, _ []int) error {
+			if try > 1 {
+				return nil
+			}
+			return errors.New("connection refused")
+		}
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(time.Second) // each request takes that long
+			return r.post(ctx, body)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 5 {
+			q.put(points(i, 1))
+		}
+		time.Sleep(5 * time.Second) // one of the backlog is under way
+		_, under := r.sofar()
+		q.put(points(100, 1))
+		time.Sleep(2500 * time.Millisecond)
+		if _, got := r.sofar(); !slices.Equal(got[len(under)+1:len(under)+2], []int{100}) {
+			t.Errorf("arrived %v, want the 100 after %v and one more", got, under)
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if got := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 }); !slices.Equal(
+			got,
+			[]int{0, 1, 2, 3, 4},
+		) {
+			t.Errorf("arrived %v", r.got)
+		}
+	})
+}
+
+// What has arrived of a batch before it is given up is not counted as given up, nor kept.
+func TestQueueCountsWhatArrived(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(try int, values []int) error {
+			if len(values) > 1000 {
+				return &refusal{status: 413}
+			}
+			if try > 4 {
+				return errors.New("connection refused")
+			}
+			return nil
+		}}
+		q, log := r.queue(t)
+		q.put(points(0, 4000)) // of which 500 arrive, and 500
+		go q.deliver(t.Context())
+		synctest.Wait()
+		_, got := r.sofar()
+		if len(got) == 0 || len(got) == 4000 || q.waiting() != 4000-len(got) {
+			t.Errorf("%d arrived, %d are left", len(got), q.waiting())
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf("sent %d, ", len(got)); !strings.HasPrefix(
+			figures,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.mu.Lock()
+		q.limit = 0
+		q.bound()
+		q.tellLoss(true)
+		q.mu.Unlock()
+		if lines, want := log.take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
+			lines,
+			want,
+		) {
+			t.Errorf("logged\n%swant %s", lines, want)
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf(" dropped %d", 4000-len(got)); !strings.HasSuffix(
+			figures,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.close()
+		synctest.Wait()
+	})
+}
+
+// What was dropped for want of room is logged, all of it and with its times, at the end of an
+// outage or of the daemon at the latest.
+func TestQueueTellsAllThatWasDropped(t *testing.T) {
+	for _, ends := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			down := true
+			r := &receiver{}
+			r.fail = func(int, []int) error {
+				if down {
+					return errors.New("connection refused")
+				}
+				return nil
+			}
+			q, log := r.queue(t)
+			q.limit = 3000
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			r.put(q, 0, 1)
+			synctest.Wait()
+			r.put(q, 1, 20) // the first loss is logged at once
+			r.put(q, 21, 5)
+			lost := 2600 - q.waiting()
+			if !ends {
+				r.mu.Lock()
+				down = false
+				r.mu.Unlock()
+				time.Sleep(2 * time.Second)
+			}
+			q.close()
+			<-done
+			line := regexp.MustCompile(`the oldest are given up" metrics=(\d+) from=(\S+) until=(\S+)`)
+			lines := line.FindAllStringSubmatch(log.take(), -1)
+			if len(lines) != 2 {
+				t.Fatalf("logged %q", lines)
+			}
+			first, _ := strconv.Atoi(lines[0][1])
+			second, _ := strconv.Atoi(lines[1][1])
+			at := func(batch int) string { return inUTC(points(1_000_000+batch*100, 1)[0].time) }
+			if first+second != lost || lines[0][2] != at(0) || lines[1][3] != at(lost/100-1) {
+				t.Errorf("ends %v, %d lost: logged %q", ends, lost, lines)
+			}
+		})
+	}
+}
+
+// How long it waits after an answer.
+func TestQueuePace(t *testing.T) {
+	for _, test := range []struct {
+		err         error
+		least, most time.Duration
+		message     string
+	}{
+		{errors.New("connection refused"), 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop unreachable, keeping metrics"},
+		{&refusal{status: 500}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 408}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 401}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue(t)
+			r.fail = func(try int, _ []int) error {
+				if try == 1 {
+					return test.err
+				}
+				return nil
+			}
+			q.put(points(0, 1))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(2 * time.Hour)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if len(r.at) != 2 || r.at[1] < test.least || r.at[1] > test.most {
+				t.Errorf("%v: tries at %v", test.err, r.at)
+			}
+			if got := log.take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
+				t.Errorf("%v: logged %s", test.err, got)
+			}
+		})
+	}
+}
+
+// Each trouble is told once in an outage, however often it comes and goes.
+func TestQueueIsQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		r.fail = func(try int, _ []int) error {
+			switch {
+			case try == 4: // the first of two
+				return nil
+			case try < 10:
+				return fmt.Errorf("trouble %d", try%2)
+			case try < 30:
+				return fmt.Errorf("request %d failed", try)
+			}
+			return nil
+		}
+		q.put(points(0, 1))
+		q.put(points(1, 1))
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		time.Sleep(2 * time.Hour)
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		lines := log.take()
+		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 ||
+			strings.Count(lines, "reachable again") != 1 {
+			t.Errorf("logged\n%s", lines)
+		}
+	})
+}
+
+// put puts batches of about a kilobyte each, from that number on.
+func (r *receiver) put(q *rig, from, batches int) {
+	for i := range batches {
+		q.put(points(1_000_000+(from+i)*100, 100))
+	}
+}
+
+func TestQueueIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		r.put(q, 0, 2)
+		fit := int(q.limit / q.batches[1].size) // the first is not packed
+		r.put(q, 2, 4*fit-1)
+		lost := 4*fit + 1 - len(q.batches)
+		if _, bytes := q.size(); bytes > q.limit || bytes < q.limit*8/10 {
+			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
+		}
+		// Never more than one line a minute, and nothing untold.
+		if got := log.take(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(
+				got,
+				`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
+			) ||
+			!strings.Contains(got, ` limit=1MiB`) {
+			t.Errorf("logged %s", got)
+		}
+		time.Sleep(time.Minute)
+		held := len(q.batches)
+		r.put(q, 4*fit+1, 1)
+		lost += held + 1 - len(q.batches)
+		want := fmt.Sprintf(
+			`metrics=%d from=%s until=%s`,
+			100*(lost-1),
+			inUTC(points(1_000_100, 1)[0].time),
+			inUTC(points(1_000_000+100*(lost-1), 1)[0].time),
+		)
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
+			t.Errorf("logged %swant %s", got, want)
+		}
+		// The batch that is under way is not given up: it may just arrive.
+		if q.next() != q.batches[0] {
+			t.Fatal("not the oldest")
+		}
+		first := q.inFlight
+		held = len(q.batches)
+		r.put(q, 4*fit+2, 1)
+		if q.batches[0] != first || len(q.batches) > held {
+			t.Error("the batch in flight was given up")
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 100*(4*fit+3-len(q.batches))); !strings.HasSuffix(
+			got,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", got, want)
+		}
+	})
+}
+
+// What waits is packed; only what is sent at once is not.
+func TestQueueKeepsNothingUnpacked(t *testing.T) {
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, _ := r.queue(t)
+	q.put(points(0, 12_000))
+	unpacked := func() (n int) {
+		for _, b := range q.batches {
+			n += len(b.body)
+		}
+		return n
+	}
+	if unpacked() == 0 {
+		t.Error("what is sent at once has to be unpacked first")
+	}
+	for range 3 {
+		q.try(t)
+		q.put(points(0, 12_000))
+	}
+	if n := unpacked(); n > 0 {
+		t.Errorf("%d bytes are held unpacked", n)
+	}
+}
+
+// Once closed, there is one try, and the loss is told in figures.
+func TestQueueEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+		q, log := r.queue(t)
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		q.put(points(0, 10))
+		time.Sleep(10 * time.Minute) // until it waits for its next try for a minute or so
+		q.put(points(10, 5))
+		closed := time.Now()
+		tries, _ := r.sofar()
+		q.close()
+		if err := <-done; err == nil || err.Error() != "15 metrics not delivered" {
+			t.Errorf("error %v", err)
+		}
+		if r.tries != tries+1 || time.Since(closed) != 0 {
+			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
+		}
+		if got := log.take(); !strings.Contains(
+			got,
+			`level=ERROR msg="ending without having delivered everything" lost=15 error="connection refused"`,
+		) {
+			t.Errorf("logged\n%s", got)
+		}
+	})
+}
+
+// Refusals: what is to blame, the metrics or the receiver?
+
+func refusing(status int, bad func(value int) bool) func(int, []int) error {
+	return func(_ int, values []int) error {
+		if slices.ContainsFunc(values, bad) {
+			return &refusal{status: status, line: "missing fields"}
+		}
+		return nil
+	}
+}
+
+// arrived returns the values that r got, in order and each once.
+func (r *receiver) arrived() []int {
+	_, got := r.sofar()
+	slices.Sort(got)
+	return slices.Compact(got)
+}
+
+// Bad metrics are found wherever they are, and set aside; nothing else is given up with them.
+func TestDeliveryFindsBadMetrics(t *testing.T) {
+	for _, test := range []struct {
+		bad  []int
+		most int // requests
+	}{
+		{[]int{0}, 40}, {[]int{4999}, 40}, {[]int{1234, 1235}, 50},
+		{[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 100}, {[]int{5, 1000, 2000, 3000, 4000}, 150},
+	} {
+		r := &receiver{fail: refusing(400, func(v int) bool { return slices.Contains(test.bad, v) })}
+		dir := newDir(t)
+		q, log := r.spooled(t, dir)
+		q.put(points(0, 5000))
+		q.close()
+		n := len(test.bad)
+		err := q.deliver(t.Context())
+		if want := fmt.Sprintf("%d metrics not delivered", n); err == nil || err.Error() != want {
+			t.Errorf("%v: error %v", test.bad, err)
+		}
+		var want []int
+		for v := range 5000 {
+			if !slices.Contains(test.bad, v) {
+				want = append(want, v)
+			}
+		}
+		if got := r.arrived(); !slices.Equal(got, want) {
+			t.Errorf("%v: %d arrived", test.bad, len(got))
+		}
+		if r.tries > test.most {
+			t.Errorf("%v: %d requests", test.bad, r.tries)
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("sent %d, ", 5000-n); !strings.HasPrefix(got, want) ||
+			!strings.HasSuffix(got, fmt.Sprintf(" dropped %d", n)) {
+			t.Errorf("%v: its own figures are %s", test.bad, got)
+		}
+		left := files(t, dir)
+		if len(left) != 1 || !strings.HasSuffix(left[0], fmt.Sprintf("-%d.json.gz.bad", n)) {
+			t.Fatalf("%v: left %q", test.bad, left)
+		}
+		var kept []metric
+		for _, v := range test.bad {
+			kept = append(kept, points(v, 1)...)
+		}
+		if body, err := q.spool.read(left[0]); err != nil || string(body) != string(encode(kept)) {
+			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
+		}
+		got := log.take()
+		if !strings.HasPrefix(
+			got,
+			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
+		) ||
+			!strings.Contains(got, `error="answer 400 Bad Request: missing fields"`) ||
+			!strings.Contains(got, `such_as="[{\"metric\":\"web.a\",\"value\":`) ||
+			!strings.Contains(got, " file="+left[0]) ||
+			strings.Count(got, "\n") != 1 {
+			t.Errorf("%v: logged %s", test.bad, got)
+		}
+	}
+}
+
+// What was set aside makes room when that is needed, and does not come back with the next run.
+func TestDeliverySetsAsideWithinTheLimit(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{fail: refusing(400, func(v int) bool { return v == 1 })}
+	q, _ := r.spooled(t, dir)
+	q.put(points(0, 10))
+	if err := q.try(t); err != nil {
+		t.Fatal(err)
+	}
+	aside := files(t, dir)
+	if len(aside) != 1 {
+		t.Fatalf("files %q", aside)
+	}
+	q.spool.close()
+	q, _ = r.spooled(t, dir)
+	if n := q.waiting(); n > 0 || !slices.Equal(files(t, dir), aside) {
+		t.Errorf("%d metrics wait in the next run, files %q", n, files(t, dir))
+	}
+	q.limit = 8 << 10
+	q.put(points(10, 1))
+	q.put(points(11, 1))
+	if left := files(t, dir); len(left) != 2 || slices.Contains(left, aside[0]) {
+		t.Errorf("left %q", left)
+	}
+}
+
+// However many are bad, and wherever, even if nothing else was accepted before; and a batch that
+// has only bad ones holds up no other.
+func TestDeliveryFindsManyBadMetrics(t *testing.T) {
+	for name, bad := range map[string]func(value int) bool{
+		"every 40th":      func(v int) bool { return v%40 == 0 },
+		"every 100th":     func(v int) bool { return v%100 == 99 },
+		"the first 1,000": func(v int) bool { return v < 1000 },
+		"every other":     func(v int) bool { return v < 600 && v%2 == 0 },
+		"the first batch": func(v int) bool { return v < 5000 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{fail: refusing(400, bad)}
+			q, _ := r.queue(t)
+			q.put(points(0, 5000))
+			q.put(points(5000, 5))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(time.Hour)
+			q.close()
+			count := 0
+			for v := range 5005 {
+				if bad(v) {
+					count++
+				}
+			}
+			err := <-done
+			if want := fmt.Sprintf("%d metrics not delivered", count); err == nil || err.Error() != want {
+				t.Errorf("%s: error %v", name, err)
+			}
+			if got := r.arrived(); len(got) != 5005-count || slices.ContainsFunc(got, bad) {
+				t.Errorf("%s: %d arrived", name, len(got))
+			}
+			// Each costs the way to it through the halves, and the probes.
+			if r.tries > 100+count*20 {
+				t.Errorf("%s: %d requests", name, r.tries)
+			}
+		})
+	}
+}
+
+// If every metric is refused, no metric is to blame: all are kept, with few requests a minute.
+func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
+	for _, size := range []int{1, 5, 5000} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue(t)
+			begin := time.Now()
+			r.fail = func(int, []int) error {
+				if time.Since(begin) < 3*time.Minute-time.Second {
+					return &refusal{status: 400}
+				}
+				return nil
+			}
+			q.put(points(0, size))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(time.Minute - time.Second)
+			if tries, _ := r.sofar(); tries > 2*16 {
+				t.Errorf("%d metrics: %d requests within a minute", size, tries)
+			}
+			time.Sleep(3 * time.Minute)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			r.inOrder(t, 0, size)
+			if got := fmt.Sprint(r.sizes); got != fmt.Sprint([]int{size}) {
+				t.Errorf("requests of %s", got)
+			}
+			if got := log.take(); strings.Count(got, "refuses metrics, keeping them") != 1 ||
+				strings.Count(got, "\n") != 2 {
+				t.Errorf("logged %s", got)
+			}
+		})
+	}
+}
+
+// A receiver that breaks down, and works again, in the midst of the search costs no other metrics.
+func TestDeliveryKeepsWhatABreakdownRefuses(t *testing.T) {
+	for breaks := 2; breaks < 20; breaks++ {
+		for works := breaks + 2; works < 60; works++ {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{fail: func(try int, values []int) error {
+					if try >= breaks && try < works || slices.Contains(values, 3) {
+						return &refusal{status: 400}
+					}
+					return nil
+				}}
+				q, _ := r.queue(t)
+				q.put(points(0, 20))
+				done := make(chan error)
+				go func() { done <- q.deliver(t.Context()) }()
+				time.Sleep(3 * time.Hour)
+				q.close()
+				if err := <-done; err == nil || err.Error() != "1 metrics not delivered" {
+					t.Errorf("from %d to %d: %v", breaks, works, err)
+				}
+				if got := r.arrived(); len(got) != 19 || slices.Contains(got, 3) {
+					t.Errorf("from %d to %d: arrived %v", breaks, works, got)
+				}
+				if r.tries > works+60 {
+					t.Errorf("from %d to %d: %d requests", breaks, works, r.tries)
+				}
+			})
+		}
+	}
+}
+
+// Once everything is refused, be it in the midst of a batch, there are few requests a minute, and
+// all arrives in the end.
+func TestDeliveryDoesNotHammer(t *testing.T) {
+	for _, status := range []int{400, 413} {
+		for _, taken := range []int{0, 1, 2} {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{}
+				q, _ := r.queue(t)
+				begin := time.Now()
+				r.fail = func(try int, values []int) error {
+					if len(values) > 200 || try > 3+taken && time.Since(begin) < 10*time.Minute {
+						return &refusal{status: status}
+					}
+					return nil
+				}
+				q.put(points(0, 1000))
+				done := make(chan error)
+				go func() { done <- q.deliver(t.Context()) }()
+				time.Sleep(10*time.Minute - time.Second)
+				if tries, _ := r.sofar(); tries > 10*32 {
+					t.Errorf("%d, %d taken: %d requests in 10 minutes", status, taken, tries)
+				}
+				time.Sleep(time.Hour)
+				q.close()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if got := r.arrived(); len(got) != 1000 {
+					t.Errorf("%d, %d taken: %d arrived", status, taken, len(got))
+				}
+			})
+		}
+	}
+}
+
+// A limit for the size of requests, however small, costs few requests; the next batches keep to it.
+func TestDeliveryFindsAnyLimit(t *testing.T) {
+	for _, limit := range []int{1, 2, 39, 77, 1500, 4999} {
+		r := &receiver{fail: func(_ int, values []int) error {
+			if len(values) > limit {
+				return &refusal{status: 413}
+			}
+			return nil
+		}}
+		q, log := r.queue(t)
+		q.put(points(0, 5000))
+		q.put(points(5000, 5000))
+		q.put(points(10_000, 600))
+		q.close()
+		if err := q.deliver(t.Context()); err != nil {
+			t.Error(err)
+		}
+		r.inOrder(t, 0, 10_600)
+		if most := 15 + 3*10_600/limit; r.tries > most {
+			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
+		}
+		if got := log.take(); got != "" {
+			t.Errorf("logged %s", got)
+		}
+	}
+}
+
+// A limit that was there for a moment does not make requests small for ever.
+func TestDeliveryForgetsALimit(t *testing.T) {
+	r := &receiver{fail: func(try int, values []int) error {
+		if try <= 8 {
+			return &refusal{status: 413}
+		}
+		return nil
+	}}
+	q, _ := r.queue(t)
+	const batches, size = 30, 300
+	for i := range batches {
+		q.put(points(i*size, size))
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, batches*size)
+	if last := r.sizes[len(r.sizes)-1]; last != size || r.tries > 150 {
+		t.Errorf("the last of %d requests was of %d", r.tries, last)
+	}
+}
+
+// A receiver that refuses what is too old takes all the rest, and what is of now at once.
+func TestDeliveryOutlastsWhatIsTooOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		down, oldest := false, 0
+		set := func(isDown bool, since int) {
+			r.mu.Lock()
+			down, oldest = isDown, since
+			r.mu.Unlock()
+		}
+		r.fail = func(_ int, values []int) error {
+			if down {
+				return errors.New("connection refused")
+			}
+			return refusing(400, func(v int) bool { return v < oldest })(0, values)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		put := func(i int) {
+			q.put(points(i*40, 40))
+			time.Sleep(time.Minute)
+		}
+		put(0) // of which one is known to be accepted
+		set(true, 0)
+		for i := 1; i <= 30; i++ {
+			put(i)
+		}
+		set(false, 29*40)
+		for i := 31; i <= 100; i++ {
+			put(i)
+			if _, got := r.sofar(); i > 33 && !slices.Contains(got, i*40) {
+				t.Errorf("batch %d waits for those that are too old", i)
+			}
+		}
+		q.close()
+		if err := <-done; err == nil || err.Error() != "1120 metrics not delivered" {
+			t.Error(err)
+		}
+		if got := r.arrived(); len(got) != 40+72*40 {
+			t.Errorf("%d arrived", len(got))
+		}
+	})
+}
+
+// If every second request is refused, or two of three, or every third or fourth, whatever is in it,
+// no metric is to blame.
+func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
+	for name, refused := range map[string]func(try int) bool{
+		"every second": func(try int) bool { return try%2 == 0 },
+		"every third":  func(try int) bool { return try%3 == 0 },
+		"every fourth": func(try int) bool { return try%4 == 0 },
+		"two of three": func(try int) bool { return try%3 != 0 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{fail: func(try int, _ []int) error {
+				if refused(try) {
+					return &refusal{status: 400}
+				}
+				return nil
+			}}
+			q, _ := r.queue(t)
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			const sweeps = 100
+			for i := range sweeps {
+				q.put(points(i*40, 40))
+				time.Sleep(time.Minute)
+			}
+			time.Sleep(time.Hour)
+			if got := r.arrived(); len(got) != sweeps*40 || !strings.HasSuffix(figuresOf(q), "dropped 0") {
+				t.Errorf("%s: of %d metrics %d arrived, %s", name, sweeps*40, len(got), figuresOf(q))
+			}
+			q.close()
+			<-done
+		})
+	}
+}
+
+// The search for many bad metrics holds up nothing.
+func TestDeliverySearchesBesideTheRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: refusing(400, func(v int) bool { return v < 8000 && v%2 == 0 })}
+		q, _ := r.queue(t)
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(10 * time.Millisecond)
+			return r.post(ctx, body)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		q.put(points(0, 4000))
+		q.put(points(4000, 4000))
+		for i := range 100 {
+			q.put(points(8000+i, 1))
+			time.Sleep(time.Second)
+			if _, got := r.sofar(); !slices.Contains(got, 8000+i) {
+				t.Errorf("%d waits for those that are bad", i)
+			}
+		}
+		time.Sleep(time.Hour)
+		if got, want := figuresOf(q), "sent 4100, "; !strings.HasPrefix(got, want) ||
+			!strings.HasSuffix(got, "dropped 4000") {
+			t.Errorf("its own figures are %s", got)
+		}
+		q.close()
+		<-done
+	})
+}
+
+// When an answer says something else, the search ends, and goes on later.
+func TestDeliveryStopsSearchingAtAnotherAnswer(t *testing.T) {
+	for name, other := range map[string]error{
+		"429":       &refusal{status: 429, retryAfter: 10 * time.Minute},
+		"no answer": errors.New("no answer within 30s"),
+	} {
+		for at := range 12 {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{fail: func(try int, _ []int) error {
+					switch {
+					case try <= at:
+						return &refusal{status: 400}
+					case try == at+1:
+						return other
+					}
+					return nil
+				}}
+				q, _ := r.queue(t)
+				q.put(points(0, 4000))
+				if err := q.try(t); err != other || r.tries != at+1 {
+					t.Errorf("%s at %d: %d requests, %v", name, at, r.tries, err)
+				}
+				deliverAll(t, q)
+				if got := r.arrived(); len(got) != 4000 {
+					t.Errorf("%s at %d: %d arrived", name, at, len(got))
+				}
+			})
+		}
+	}
+}
+
+// After everything was refused, what is kept goes out in its order.
+func TestDeliveryKeepsTheOrderAcrossRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		begin := time.Now()
+		r.fail = func(int, []int) error {
+			if time.Since(begin) < 20*time.Minute {
+				return &refusal{status: 400}
+			}
+			return nil
+		}
+		q, _ := r.queue(t)
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 20 {
+			q.put(points(i, 1))
+			time.Sleep(time.Minute)
+		}
+		time.Sleep(time.Hour)
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		// The newest goes first.
+		if got := r.got[1:]; r.got[0] != 19 || !slices.IsSorted(got) {
+			t.Errorf("arrived %v", r.got)
+		}
+	})
+}
+
+// One of several Backstops behind a balancer is broken: everything arrives at the pace of the
+// polls, whichever request meets the broken one, and without a failed delivery.
+func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
+	for name, broken := range map[string]func(request int) bool{
+		"every second": func(n int) bool { return n%2 == 0 },
+		"every third":  func(n int) bool { return n%3 == 0 },
+		"every fourth": func(n int) bool { return n%4 == 0 },
+		"two of three": func(n int) bool { return n%3 != 0 },
+	} {
+		for phase := range 4 {
+			s := newStandIn(t)
+			s.set(
+				"",
+				sometimes(
+					func(n int) bool { return broken(n + phase) },
+					answerWith(503, ""),
+					http.HandlerFunc(s.answer),
+				),
+			)
+			q, b, log := deliveringTo(t, s, false)
+			b.leadAfter = 0 // each batch comes after a pause
+			const sweeps = 20
+			want := ""
+			for i := range sweeps {
+				q.put(sampled(i, 10))
+				if err := q.try(t); err != nil {
+					t.Errorf("%s, phase %d, sweep %d: %v", name, phase, i, err)
+				}
+				want += asLines(sampled(i, 10))
+			}
+			if got := s.lines(); got != sortedLines(want) || log.take() != "" {
+				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
+			}
 		}
 	}
 }

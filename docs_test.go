@@ -83,7 +83,7 @@ func everyMetric(t *testing.T) []string {
 	c.sweep(t.Context())
 	r.on("/containers/fx-busy/stats", nil)
 	metrics = append(metrics, c.sweep(t.Context()).metrics...)
-	metrics = append(metrics, newQueue(destination{}, minSpool, c.log).own("h", time.Now())...)
+	metrics = append(metrics, newQueue(minSpool, c.log).own("h", time.Now())...)
 
 	var names []string
 	for _, m := range metrics {

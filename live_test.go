@@ -377,8 +377,8 @@ func TestLiveSoak(t *testing.T) {
 	s := newStandIn(t)
 	s.set("", answerWith(200, "ok"))
 	target := mustBackstop(t, s.URL+"/publish/docker")
-	c, log := e.collector(t)
-	q := newQueue(destination{"Backstop", encode, target.post}, 1<<20, log.logger())
+	c, _ := e.collector(t)
+	q, _ := newRig(t, destination{"Backstop", target.post}, 1<<20, "")
 	ctx, cancel := context.WithTimeout(t.Context(), long)
 	defer cancel()
 
@@ -386,8 +386,8 @@ func TestLiveSoak(t *testing.T) {
 	sweep := func() {
 		sweeps++
 		q.put(append(c.sweep(t.Context()).metrics, q.own("h", time.Now())...))
-		for q.metrics > 0 {
-			must(t, q.send(t.Context(), q.next()))
+		for q.waiting() > 0 {
+			must(t, q.try(t))
 		}
 	}
 	e.run(t, "stays", "", docker.HostConfig{NetworkMode: "none"}) // and the client asks for the engine's version now, not from all workers at once

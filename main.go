@@ -141,6 +141,7 @@ func checkNames(ctx context.Context, opts *options, log *slog.Logger) error {
 type pipeline struct {
 	collector *collector
 	queue     *queue
+	delivery  *delivery
 	service   *service
 	receiver  string // for the log
 	log       *slog.Logger
@@ -150,12 +151,13 @@ type pipeline struct {
 func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, error) {
 	receiver, to := "standard output", printer(os.Stdout)
 	if b := opts.backstop; b != nil {
-		receiver, to = b.String(), destination{"Backstop", encode, b.post}
+		receiver, to = b.String(), destination{"Backstop", b.post}
 		if trouble := b.passwordTrouble(); trouble != "" {
 			log.Warn(trouble)
 		}
 	}
-	q := newQueue(to, opts.spoolLimit, log.With("to", receiver))
+	delivering := log.With("to", receiver)
+	q := newQueue(opts.spoolLimit, delivering)
 	if opts.spool != "" && opts.backstop != nil {
 		if err := q.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
 			log.Error("not started: the folder of --spool is not for us",
@@ -165,14 +167,15 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 	}
 	s := newService(opts.poll, q.describe)
 	c.alive = s.alive
-	q.rest = func() {
+	d := newDelivery(to, q, delivering)
+	d.rest = func() {
 		s.update()
 		if opts.backstop != nil && opts.poll > keepAlive {
 			// It would end before the next sweep, and its end would wake up the process.
 			opts.backstop.closeIdle()
 		}
 	}
-	return &pipeline{collector: c, queue: q, service: s, receiver: receiver, log: log}, nil
+	return &pipeline{collector: c, queue: q, delivery: d, service: s, receiver: receiver, log: log}, nil
 }
 
 // sweep polls all containers and queues their metrics.
@@ -197,7 +200,7 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	if polling.Err() != nil {
 		p.log.Error("ended by a signal before all was polled")
 	}
-	err := p.queue.deliver(sending)
+	err := p.delivery.deliver(sending)
 	if result.failed > 0 {
 		err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))
 	}
@@ -212,7 +215,7 @@ func (p *pipeline) daemon(polling, sending context.Context, every time.Duration)
 	delivered := make(chan struct{})
 	go func() {
 		defer close(delivered)
-		_ = p.queue.deliver(sending) // its log says what was not delivered
+		_ = p.delivery.deliver(sending) // its log says what was not delivered
 	}()
 	poll(polling, func() schedule { return newSchedule(every, p.collector.hostName()) },
 		func(ctx context.Context) { p.sweep(ctx) }, p.log)

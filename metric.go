@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -131,11 +132,37 @@ func decode(body []byte) ([]metric, error) {
 	return metrics, nil
 }
 
-// lastOf returns a body with only the last metric of body, which is from encode.
+// The functions below take bodies apart that encode wrote. No name, number or time has a brace in
+// it, so braces alone tell where a metric begins and ends.
+
+// countOf returns the number of metrics in body.
+func countOf(body []byte) int { return bytes.Count(body, []byte("{")) }
+
+// cut cuts body in two behind the nth metric; rest is nil if there are no more.
+func cut(body []byte, n int) (first, rest []byte) {
+	end := 0
+	for range n {
+		end += bytes.IndexByte(body[end:], '}') + 1
+	}
+	if end+1 >= len(body) {
+		return body, nil
+	}
+	return slices.Concat(body[:end], []byte("]")), slices.Concat([]byte("["), body[end+1:])
+}
+
+// join puts the metrics of all parts into one body.
+func join(parts [][]byte) []byte {
+	items := make([][]byte, len(parts))
+	for i, part := range parts {
+		items[i] = part[1 : len(part)-1]
+	}
+	return slices.Concat([]byte("["), bytes.Join(items, []byte(",")), []byte("]"))
+}
+
+// lastOf returns the last metric of body, in a body of its own.
 func lastOf(body []byte) []byte {
-	// No name, number or time contains a brace.
 	if i := bytes.LastIndexByte(body, '{'); i > 0 {
-		return append([]byte{'['}, body[i:]...)
+		return slices.Concat([]byte("["), body[i:])
 	}
 	return body
 }

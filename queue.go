@@ -1,9 +1,7 @@
 package main
 
 import (
-	"cmp"
 	"fmt"
-	"iter"
 	"log/slog"
 	"slices"
 	"sync"
@@ -12,113 +10,44 @@ import (
 	"github.com/docker/go-units"
 )
 
-// maxBatch is how many metrics go into one request: Backstop needs 50 ms for them.
-const maxBatch = 5_000
-
-// queue stands between sampling and delivery. Sampling puts metrics in and never waits for a delivery;
-// deliver hands them to post, one batch at a time. A batch leaves the queue when post has succeeded, or when it is
-// given up for a reason that is logged and counted.
+// queue stands between sampling and delivery. Sampling puts metrics in and never waits for the
+// receiver; delivery takes one batch at a time, and takes it off when it was accepted.
 //
-// Which goes first: a batch that was put while deliveries succeeded is fresh and goes before all that are
-// late, so that a backlog of a day does not hold up the present. Those that were there at the start, or when
-// a delivery failed, or were put until the next success, are late: they go in the order of their
-// times, as fast as they are taken.
+// Which goes first: batches that were put while deliveries succeed are fresh and go before all that
+// are late, so that a day's backlog does not hold up the present. What was there at the start, or
+// when a delivery failed, or was put until the next success, is late: it goes oldest first.
 type queue struct {
-	to    destination
+	log   *slog.Logger
 	spool *spool // nil: everything is in memory
 	limit int64  // of bytes
-	pace  pace
-	rest  func() // called when everything is delivered, nil for nothing; it may ask the queue
-	log   *slog.Logger
 
 	mu       sync.Mutex
-	packer   packer
-	late     []*batch // oldest first
-	fresh    []*batch // likewise; all are younger than the late ones
-	inFlight *batch   // the one of them that deliver is busy with
-	ending   bool     // whether deliver knows that the queue is closed
-	metrics  int      // in all of them
-	bytes    int64    // likewise
-	outage   *outage  // nil while all goes well
-	room     loss     // metrics given up for want of room, not logged yet
-	roomTold time.Time
-	diskSaid bool // whether it was logged that the spool does not work
-	lost     int  // metrics given up for other reasons
-	figures  figures
-	changed  chan struct{} // holds one value where there is news for deliver
-	closed   chan struct{} // closed once nothing more is put in
+	batches  []*batch // oldest first
+	late     int      // how many of them are late; the fresh ones follow
+	inFlight *batch   // the one that delivery is busy with
+	trouble  string   // why the last delivery failed, "" if it succeeded
+	loss     loss
+	changed  chan struct{} // holds one value when there is news for delivery
+	closed   chan struct{} // closed when nothing more is put
 
-	// What deliver knows of Backstop
-	largest      int    // metrics that a request may have
-	taken        int    // requests since that was learned, or tried
-	good         []byte // a request of one metric that was taken, nil while there is none
-	refused      int    // requests, since refusedSince
-	refusedSince time.Time
-	ordinal      part // 0, 1, 2 … as far as needed
+	figures struct{ sent, retried, dropped uint64 } // metrics since the start
 }
 
-// batch is what is kept as one: a sweep, or a part of a large one.
-type batch struct {
-	file    string    // in the spool, "" while it is in memory
-	packed  []byte    // its body, where it is neither in a file nor sent at once
-	body    []byte    // the same unpacked, nil where it had to wait
-	size    int64     // bytes where it is kept
-	count   int       // metrics in it
-	metrics int       // of them that are still to be delivered
-	oldest  int64     // Unix seconds
-	tried   bool      // without success
-	unread  int       // how often its file could not be read
-	setBack int       // how often it was refused altogether: others go first
-	rests   time.Time // until when others go first
-
-	// What became of its metrics, where some were refused
-	left     part  // what is to be posted still, nil: everything
-	refused  part  // what was refused, each on its own
-	refusal  error // of the last of those
-	rounds   int   // in how many rounds they were
-	accepted int   // how many were not
-}
-
-// outage is a time in which metrics have to wait.
-type outage struct {
-	failing   bool     // whether there is trouble, still
-	over      string   // what to log when it is over
-	told      []string // what was logged of it
-	delivered int      // metrics since it began
-	oldest    int64    // of them, in Unix seconds
-	dropped   loss     // what was given up since it began
-}
-
-// loss is of metrics in a span of times, in Unix seconds.
+// loss is of metrics that were dropped because the queue was full, and not logged yet.
 type loss struct {
 	metrics     int
-	from, until int64
+	from, until int64     // their times, in Unix seconds
+	told        time.Time // when the loss before this one was logged
 }
-
-// add adds metrics of a batch.
-func (l *loss) add(metrics int, oldest int64) {
-	if l.metrics == 0 {
-		l.from = oldest
-	}
-	l.metrics += metrics
-	l.until = oldest
-}
-
-func (l loss) attr() slog.Attr {
-	return slog.Group("given_up", "metrics", l.metrics, "from", inUTC(l.from), "until", inUTC(l.until))
-}
-
-// figures counts metrics.
-type figures struct{ sent, retried, dropped uint64 }
 
 // newQueue returns an empty queue that keeps up to limit bytes in memory.
-func newQueue(to destination, limit int64, log *slog.Logger) *queue {
-	return &queue{to: to, limit: limit, pace: usualPace, log: log, largest: maxBatch,
-		changed: make(chan struct{}, 1), closed: make(chan struct{})}
+func newQueue(limit int64, log *slog.Logger) *queue {
+	return &queue{limit: limit, log: log, changed: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
-// useSpool keeps what the queue holds in s from now on, and takes over what an earlier run left there. The error is that
-// of a folder that is not for us; one that does not work now may do so later, which is logged.
+// useSpool keeps what the queue holds in s from now on, and takes over what an earlier run left
+// there. A folder that is unfit for good is an error; one that does not work now may do so later,
+// which is logged.
 func (q *queue) useSpool(s *spool) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -128,104 +57,44 @@ func (q *queue) useSpool(s *spool) error {
 		q.spool = nil
 		return err
 	}
-	q.tellDisk(err)
+	s.tell(err)
 	return nil
 }
 
-// openSpool takes over the spool's folder and what is in it. It is called with mu held.
+// openSpool opens the spool's folder and queues what is in it. It is called with mu held.
 func (q *queue) openSpool() error {
 	known := map[string]bool{}
-	for b := range q.all() {
+	for _, b := range q.batches {
 		known[b.file] = true
 	}
 	found, err := q.spool.open(known)
 	if err != nil || len(found) == 0 {
 		return err
 	}
-	metrics := 0
-	for _, b := range found {
-		metrics += b.metrics
-		q.bytes += b.size
-	}
-	q.metrics += metrics
-	q.late = slices.Concat(found, q.late)
-	if q.outage == nil {
-		q.inOutage("metrics of the earlier run are delivered")
-	}
-	q.log.Info("metrics of an earlier run wait in the spool", "metrics", metrics, "batches", len(found), "since", inUTC(found[0].oldest))
+	before, _ := q.size()
+	q.batches = slices.Concat(found, q.batches)
+	q.late += len(found)
+	all, _ := q.size()
+	q.log.Info("metrics of an earlier run wait in the spool",
+		"metrics", all-before, "batches", len(found), "since", inUTC(found[0].oldest))
 	q.bound()
 	q.signal()
 	return nil
 }
 
-// own returns the metrics of the queue itself, of the host with that name in its metrics.
-func (q *queue) own(host string, at time.Time) []metric {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	now := at.Unix()
-	return []metric{
-		{host, ".metrics.sent", whole(q.figures.sent), now},
-		{host, ".metrics.retried", whole(q.figures.retried), now},
-		{host, ".metrics.dropped", whole(q.figures.dropped), now},
-		{host, ".metrics.spooled", whole(uint64(q.bytes)), now},
+// close tells delivery that nothing more is put.
+func (q *queue) close() { close(q.closed) }
+
+func (q *queue) isClosed() bool {
+	select {
+	case <-q.closed:
+		return true
+	default:
+		return false
 	}
 }
 
-// put queues metrics; when it returns, they are on the disk, where there is one that works. Where there is no
-// room, the oldest are given up.
-func (q *queue) put(metrics []metric) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	soon := q.metrics == 0 // their turn comes at once
-	for some := range slices.Chunk(metrics, maxBatch) {
-		q.add(some, soon)
-	}
-	q.bound()
-	q.store()
-	q.tellRoom(time.Now())
-	q.log.Debug("queued", "metrics", len(metrics), q.state())
-	q.signal()
-}
-
-// add appends a batch, in memory; its body stays unpacked if it is to be sent soon. It is called with mu held.
-func (q *queue) add(metrics []metric, soon bool) {
-	b := &batch{
-		body:    q.to.encode(metrics),
-		count:   len(metrics),
-		metrics: len(metrics),
-		oldest:  slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) }).time,
-	}
-	b.size = int64(len(b.body))
-	q.metrics += b.metrics
-	q.bytes += b.size
-	if !soon || q.spool != nil || q.bytes > q.limit {
-		q.pack(b)
-	}
-	if !soon {
-		b.body = nil
-	}
-	if q.outage != nil && q.outage.failing {
-		q.late = append(q.late, b)
-	} else {
-		q.fresh = append(q.fresh, b)
-	}
-}
-
-// pack packs a batch, if it is not packed yet. It is called with mu held.
-func (q *queue) pack(b *batch) {
-	if b.packed != nil || b.file != "" {
-		return
-	}
-	b.packed = q.packer.pack(b.body)
-	q.bytes -= b.size
-	b.size = int64(len(b.packed))
-	if q.spool != nil {
-		b.size = onDisk(b.size)
-	}
-	q.bytes += b.size
-}
-
-// signal tells deliver that there is news.
+// signal tells delivery that there is news.
 func (q *queue) signal() {
 	select {
 	case q.changed <- struct{}{}:
@@ -233,66 +102,74 @@ func (q *queue) signal() {
 	}
 }
 
-// bound gives up the oldest batches until the rest fits. It is called with mu held.
-func (q *queue) bound() {
-	for q.held() > q.limit {
-		if q.spool != nil && q.spool.removeBad() {
-			continue
+// put queues metrics. When it returns, they are on the disk, if there is a spool that works. If
+// there is no room, the oldest are dropped.
+func (q *queue) put(metrics []metric) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	soon := len(q.batches) == 0 // their turn comes at once, so they need not be packed
+	for some := range slices.Chunk(metrics, maxBatch) {
+		b := newBatch(some)
+		if _, held := q.size(); !soon || q.spool != nil || held+b.size > q.limit {
+			b.pack()
 		}
-		oldest := q.oldest()
-		if oldest == nil {
+		if q.spool != nil {
+			b.size = onDisk(b.size)
+		}
+		if !soon {
+			b.body = nil
+		}
+		q.batches = append(q.batches, b)
+	}
+	if q.trouble != "" {
+		q.late = len(q.batches)
+	}
+	q.bound()
+	q.store()
+	q.tellLoss(false)
+	q.log.Debug("queued", "metrics", len(metrics), q.state())
+	q.signal()
+}
+
+// size returns what is in the queue. It is called with mu held.
+func (q *queue) size() (metrics int, bytes int64) {
+	for _, b := range q.batches {
+		metrics += b.count
+		bytes += b.size
+	}
+	return metrics, bytes
+}
+
+// bound drops the oldest batches until the rest fits. It is called with mu held.
+func (q *queue) bound() {
+	_, held := q.size()
+	if q.spool != nil {
+		held = q.spool.makeRoom(held, q.limit)
+	}
+	for _, b := range slices.Clone(q.batches) {
+		if held <= q.limit {
 			return
 		}
-		q.room.add(oldest.metrics, oldest.oldest)
-		if q.outage != nil {
-			q.outage.dropped.add(oldest.metrics, oldest.oldest)
+		if b == q.inFlight {
+			continue // it may just arrive
 		}
-		q.figures.dropped += uint64(oldest.metrics)
-		q.leave(oldest)
+		if q.loss.metrics == 0 {
+			q.loss.from = b.oldest
+		}
+		q.loss.metrics += b.count
+		q.loss.until = b.oldest
+		q.figures.dropped += uint64(b.count)
+		held -= b.size
+		q.remove(b)
 	}
 }
 
-// held returns the bytes that count for the limit. It is called with mu held.
-func (q *queue) held() int64 {
-	held := q.bytes
-	if q.spool != nil {
-		for _, f := range q.spool.bad {
-			held += f.size
-		}
-	}
-	return held
-}
-
-// all returns the batches, oldest first. It is called with mu held.
-func (q *queue) all() iter.Seq[*batch] {
-	return func(yield func(*batch) bool) {
-		for _, list := range [][]*batch{q.late, q.fresh} {
-			for _, b := range list {
-				if !yield(b) {
-					return
-				}
-			}
-		}
-	}
-}
-
-// oldest returns the first batch to give up, nil if there is none. It is called with mu held.
-func (q *queue) oldest() *batch {
-	for b := range q.all() {
-		if b != q.inFlight { // that one may just arrive
-			return b
-		}
-	}
-	return nil
-}
-
-// leave takes a batch off the queue. It is called with mu held.
-func (q *queue) leave(b *batch) {
-	for _, list := range []*[]*batch{&q.late, &q.fresh} {
-		if i := slices.Index(*list, b); i >= 0 {
-			*list = slices.Delete(*list, i, i+1)
-			q.metrics -= b.metrics
-			q.bytes -= b.size
+// remove takes b off the queue. It is called with mu held.
+func (q *queue) remove(b *batch) {
+	if i := slices.Index(q.batches, b); i >= 0 {
+		q.batches = slices.Delete(q.batches, i, i+1)
+		if i < q.late {
+			q.late--
 		}
 	}
 	if b.file != "" {
@@ -300,88 +177,240 @@ func (q *queue) leave(b *batch) {
 	}
 }
 
-// store moves what is in memory into the spool, where there is one. It is called with mu held.
+// store moves what is in memory into the spool. It is called with mu held.
 func (q *queue) store() {
 	if q.spool == nil {
 		return
 	}
-	if q.spool.isOpen() {
-		if err := q.spool.check(); err != nil {
-			q.closeSpool(err)
-		}
-	}
-	var err error
-	works := false // whether there was anything to find out by
-	if !q.spool.isOpen() {
+	err := q.spool.check()
+	tried := err != nil // whether there was anything to find out by
+	if tried {
+		q.spool.fail(err)
 		err = q.openSpool()
-		works = err == nil
 	}
 	if err == nil {
 		q.spool.tidy()
-		for b := range q.all() {
-			if b.file == "" && b != q.inFlight {
-				if err = q.spool.write(b); err != nil {
-					break
-				}
-				works = true
+	}
+	for _, b := range q.batches {
+		if err == nil && b.file == "" && b != q.inFlight {
+			tried, err = true, q.spool.write(b)
+		}
+	}
+	if tried {
+		q.spool.tell(err)
+	}
+}
+
+// tellLoss logs what was dropped to make room: once a minute, or when an outage is over.
+func (q *queue) tellLoss(over bool) {
+	now, lost := time.Now(), q.loss
+	if lost.metrics == 0 || !over && now.Sub(lost.told) < time.Minute {
+		return
+	}
+	q.log.Error("no room for more metrics; the oldest are given up", "metrics", lost.metrics,
+		"from", inUTC(lost.from), "until", inUTC(lost.until), "limit", units.BytesSize(float64(q.limit)))
+	q.loss = loss{told: now}
+}
+
+// next waits for the batch whose turn it is: the first fresh one, or else the first late one; or
+// the newest of all, if that is asked for. It returns nil when the queue is closed and has no more.
+// idle is called when the queue is empty.
+func (q *queue) next(newest bool, idle func()) *batch {
+	for {
+		closed := q.isClosed() // asked first: whatever was put before is seen below
+		q.mu.Lock()
+		b := q.turn(newest)
+		q.inFlight = b
+		empty := len(q.batches) == 0
+		q.mu.Unlock()
+		if empty {
+			idle()
+		}
+		if b != nil || closed {
+			return b
+		}
+		select {
+		case <-q.changed:
+		case <-q.closed:
+		}
+	}
+}
+
+// turn returns the batch whose turn it is, nil if none can be read now. It is called with mu held.
+func (q *queue) turn(newest bool) *batch {
+	order := [][]*batch{q.batches[q.late:], q.batches[:q.late]}
+	if newest && len(q.batches) > 0 {
+		order = slices.Insert(order, 0, q.batches[len(q.batches)-1:])
+	}
+	for _, batches := range order {
+		for _, b := range batches {
+			if b.body != nil || b.packed != nil || q.spool.isOpen() {
+				return b
 			}
 		}
 	}
-	if err != nil || works {
-		q.tellDisk(err)
-	}
+	return nil
 }
 
-// closeSpool stops using the folder, because of err, until it can be opened again. It is called with mu held.
-func (q *queue) closeSpool(err error) {
-	if q.spool.isOpen() {
-		q.spool.close()
-		q.tellDisk(err)
+// load returns the body of the batch in flight. ok is false if its file cannot be read now; if it
+// never can be, it is set aside and off the queue, and lost says how many metrics that costs.
+func (q *queue) load(b *batch) (body []byte, lost int, ok bool) {
+	err := error(nil)
+	switch body = b.body; {
+	case body == nil && b.packed != nil:
+		body, err = unpack(b.packed)
+	case body == nil:
+		body, err = q.spool.read(b.file)
 	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if err == nil {
+		b.count = countOf(body) // the name of its file may be wrong
+		return body, 0, true
+	}
+	q.inFlight = nil
+	if q.spool != nil {
+		if trouble := q.spool.trouble(err); trouble != nil {
+			q.spool.fail(trouble)
+			return nil, 0, false
+		}
+		q.spool.setAside(file{b.file, b.size}, b.count, err)
+	}
+	b.file = "" // it is not to be removed
+	q.figures.dropped += uint64(b.count)
+	q.remove(b)
+	return nil, b.count, false
 }
 
-// tellDisk logs when the spool begins to work and when it ceases to. It is called with mu held.
-func (q *queue) tellDisk(err error) {
-	switch {
-	case err != nil && !q.diskSaid:
-		q.log.Error("the spool cannot be used; metrics are kept in memory until it can", "error", errorText(err))
-	case err == nil && q.diskSaid:
-		q.log.Info("the spool can be used again")
+// posted counts a request with so many metrics of b.
+func (q *queue) posted(b *batch, metrics int, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if b.tried {
+		q.figures.retried += uint64(metrics)
 	}
-	q.diskSaid = err != nil
-}
-
-// tellRoom logs what was given up for want of room, at most once a minute. It is called with mu held.
-func (q *queue) tellRoom(now time.Time) {
-	if q.room.metrics == 0 || now.Sub(q.roomTold) < time.Minute {
+	if err != nil {
+		b.tried = true
 		return
 	}
-	q.log.Error("no room for more metrics; the oldest are given up", "metrics", q.room.metrics,
-		"from", inUTC(q.room.from), "until", inUTC(q.room.until), "limit", units.BytesSize(float64(q.limit)))
-	q.room, q.roomTold = loss{}, now
+	q.figures.sent += uint64(metrics)
+	b.count -= metrics
+}
+
+// giveUp counts metrics of the batch in flight, those in body, that are refused for good, and sets
+// them aside in the spool. It returns the name of their file, "" if there is none.
+func (q *queue) giveUp(b *batch, body []byte) (name string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n := countOf(body)
+	b.count -= n
+	q.figures.dropped += uint64(n)
+	if q.spool == nil {
+		return ""
+	}
+	return q.spool.writeBad(&batch{packed: pack(body), count: n, oldest: b.oldest})
+}
+
+// done takes the batch in flight off the queue and ends the trouble. over reports whether no batch
+// is late any more.
+func (q *queue) done(b *batch, accepted int, took time.Duration) (over bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.inFlight, q.trouble = nil, ""
+	late := q.late
+	q.remove(b)
+	if late > 0 && q.late == 0 {
+		q.tellLoss(true)
+	}
+	q.log.Debug("delivered", "metrics", accepted, "took", took.Round(time.Millisecond), q.state())
+	return q.late == 0
+}
+
+// putBack ends the flight of b, of which left is still to be delivered; nil is all of it. It is
+// late now, and because of trouble, if there is any, so is everything else. since is the oldest
+// time of all, in Unix seconds.
+func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.inFlight = nil
+	if left != nil { // a file keeps the whole: a crash loses nothing
+		b.body, b.packed, b.count = left, pack(left), countOf(left)
+	}
+	q.late = max(q.late, slices.Index(q.batches, b)+1)
+	if q.trouble = trouble; trouble != "" {
+		q.late = len(q.batches)
+	}
+	for _, b := range q.batches[:q.late] {
+		if b.body != nil { // its turn does not come at once
+			b.pack()
+			b.body = nil
+		}
+	}
+	return q.batches[0].oldest
+}
+
+// hasFresh reports whether a fresh batch waits beside the one in flight.
+func (q *queue) hasFresh() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.ContainsFunc(q.batches[q.late:], func(b *batch) bool { return b != q.inFlight })
+}
+
+// end stores what the disk did not take before, and closes the spool. It returns how many metrics
+// are kept there, and how many are lost.
+func (q *queue) end() (kept, lost int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.inFlight = nil
+	q.store() // what the disk did not take before
+	q.tellLoss(true)
+	for _, b := range q.batches {
+		if b.file == "" {
+			lost += b.count
+		} else {
+			kept += b.count
+		}
+	}
+	if q.spool != nil {
+		q.spool.close()
+	}
+	return kept, lost
+}
+
+// own returns the queue's own metrics, for the host with this name in its metrics.
+func (q *queue) own(host string, at time.Time) []metric {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	now := at.Unix()
+	_, bytes := q.size()
+	return []metric{
+		{host, ".metrics.sent", whole(q.figures.sent), now},
+		{host, ".metrics.retried", whole(q.figures.retried), now},
+		{host, ".metrics.dropped", whole(q.figures.dropped), now},
+		{host, ".metrics.spooled", whole(uint64(bytes)), now},
+	}
 }
 
 // state describes the queue for the log. It is called with mu held.
 func (q *queue) state() slog.Attr {
-	return slog.Group("queue", "metrics", q.metrics, "batches", len(q.late)+len(q.fresh), "bytes", q.bytes)
+	metrics, bytes := q.size()
+	return slog.Group("queue", "metrics", metrics, "batches", len(q.batches), "bytes", bytes)
 }
 
-// describe says in a few words what is in the queue.
+// describe says in a few words what waits, for a status line.
 func (q *queue) describe() string {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.metrics == 0 {
+	if len(q.batches) == 0 {
 		return "empty"
 	}
-	text := fmt.Sprintf("%d metrics", q.metrics)
-	if o := q.outage; o != nil && len(q.late) > 0 {
-		text += " since " + inUTC(q.late[0].oldest)
-		if len(o.told) > 0 {
-			text += ", " + o.told[len(o.told)-1]
-		}
+	metrics, _ := q.size()
+	text := fmt.Sprintf("%d metrics", metrics)
+	if q.late > 0 {
+		text += " since " + inUTC(q.batches[0].oldest)
+	}
+	if q.trouble != "" {
+		text += ", " + q.trouble
 	}
 	return text
 }
-
-// inUTC is a time as the log has it.
-func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }

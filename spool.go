@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"compress/gzip"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,7 +10,6 @@ import (
 	"regexp"
 	"runtime"
 	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -21,10 +18,6 @@ import (
 
 // diskBlock is what a file takes at least: the limit is one of room on the disk.
 const diskBlock = 4 << 10
-
-// maxBody is how many bytes the metrics of one file are at most. maxBatch metrics of the longest
-// names are less; a file that unpacks to more is none of ours.
-const maxBody = 16 << 20
 
 // spool keeps batches in files, one each, in a folder of its own. Their names tell when and how
 // many, so that a start needs to read none of them:
@@ -40,10 +33,14 @@ type spool struct {
 	lock    *flock.Flock // nil while the folder is not ours
 	folder  fs.FileInfo  // as it was when it became ours first, nil before
 	counter uint64       // the highest in a name so far
-	foreign bool         // whether it was said that there are files of others
-	bad     []file       // set aside, oldest first
-	// Delivered or given up, but still there, or perhaps: the folder may be away. They count for nothing: a disk from which
-	// nothing can be removed takes nothing either, and to give up more would free no room.
+	// What was logged already
+	foreign  bool   // that there are files of others
+	goneSaid bool   // that a file has gone
+	failed   bool   // that the folder does not work
+	bad      []file // set aside, oldest first
+	// Delivered or given up, but still there, or perhaps: the folder may be away. They count for
+	// nothing: a disk from which nothing can be removed takes nothing either, and to give up more
+	// would free no room.
 	litter []file
 }
 
@@ -66,8 +63,9 @@ var (
 
 const spoolTime = "20060102T150405Z"
 
-// spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not there
-// yet. Whoever may write to it could make up metrics, or take them away, or lead us to write elsewhere.
+// spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not
+// there yet. Whoever may write to it could make up metrics, or take them away, or lead us to write
+// elsewhere.
 func spoolTrouble(dir string) string {
 	info, err := os.Stat(dir)
 	switch {
@@ -78,7 +76,8 @@ func spoolTrouble(dir string) string {
 	case !isOwn(info):
 		return "this folder belongs to another user: name one of its own, or chown it"
 	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
-		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): name one of its own, or chmod go-w it", info.Mode().Perm())
+		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): "+
+			"name one of its own, or chmod go-w it", info.Mode().Perm())
 	}
 	if info, err := os.Lstat(filepath.Join(dir, lockName)); err == nil && !info.Mode().IsRegular() {
 		return fmt.Sprintf("%q in this folder is not a file of ours: name a folder of its own", lockName)
@@ -95,7 +94,8 @@ var (
 
 // isForGood tells whether err, from open, is for the operator to mend, and does not pass.
 func isForGood(err error) bool {
-	for _, lasting := range []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist, syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG} {
+	for _, lasting := range []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist,
+		syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG} {
 		if errors.Is(err, lasting) {
 			return true
 		}
@@ -103,11 +103,12 @@ func isForGood(err error) bool {
 	return false
 }
 
-// open makes the folder ours and returns the batches in it, oldest first, but those that are known already. It is
-// called again until it succeeds. The error is errSpoolTaken, errSpoolUnfit, or what the system says.
+// open makes the folder ours and returns the batches in it, oldest first, but those that are known
+// already. It is called again until it succeeds. The error is errSpoolTaken, errSpoolUnfit, or what
+// the system says.
 //
-// Once it was ours, another in its place is not taken, nor made where there is none: most likely a disk is not mounted, and what would
-// be put into the stand-in would be out of sight when it is.
+// Once it was ours, another in its place is not taken, nor made where there is none: most likely a
+// disk is not mounted, and what would be put into the stand-in would be out of sight when it is.
 func (s *spool) open(known map[string]bool) ([]*batch, error) {
 	if s.folder == nil {
 		if err := makeFolder(s.dir); err != nil {
@@ -119,7 +120,8 @@ func (s *spool) open(known map[string]bool) ([]*batch, error) {
 		return nil, err
 	}
 	if s.folder != nil && !os.SameFile(folder, s.folder) && !s.hasAny(known) {
-		return nil, errors.New("another folder than before: is its disk mounted? To have this one used, restart")
+		return nil, errors.New("another folder than before: is its disk mounted? " +
+			"To have this one used, restart")
 	}
 	if trouble := spoolTrouble(s.dir); trouble != "" {
 		return nil, fmt.Errorf("%w: %s: %s", errSpoolUnfit, s.dir, trouble)
@@ -195,7 +197,7 @@ func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
 			s.setAside(file{name, size}, metrics, errors.New("not a file of ours"))
 			continue
 		}
-		batches = append(batches, &batch{file: name, size: size, count: metrics, metrics: metrics, oldest: at.Unix()})
+		batches = append(batches, &batch{file: name, size: size, count: metrics, oldest: at.Unix()})
 	}
 	if len(foreign) > 0 && !s.foreign {
 		s.foreign = true
@@ -252,15 +254,9 @@ func (s *spool) close() {
 
 // write puts b into a file and into safety: after it, b outlives a loss of power.
 func (s *spool) write(b *batch) error {
-	var name string
-	for {
-		s.counter++
-		name = fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(b.oldest, 0).UTC().Format(spoolTime), s.counter, b.count)
-		if _, err := os.Lstat(filepath.Join(s.dir, name)); errors.Is(err, fs.ErrNotExist) {
-			break
-		} else if err != nil {
-			return err
-		} // one that is there is not ours to replace
+	name, err := s.newName(b)
+	if err != nil {
+		return err
 	}
 	if err := writeDurably(s.dir, name, b.packed); err != nil {
 		s.remove(file{name, onDisk(int64(len(b.packed)))}) // it may be there, though not in safety
@@ -270,11 +266,27 @@ func (s *spool) write(b *batch) error {
 	return nil
 }
 
+// newName returns a name for b that no file has.
+func (s *spool) newName(b *batch) (string, error) {
+	at := time.Unix(b.oldest, 0).UTC().Format(spoolTime)
+	for {
+		s.counter++
+		name := fmt.Sprintf("%s-%010d-%d.json.gz", at, s.counter, b.count)
+		_, err := os.Lstat(filepath.Join(s.dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			return name, nil
+		}
+		if err != nil {
+			return "", err
+		}
+	}
+}
+
 // spoiltError says that a file is not what write wrote.
 type spoiltError struct{ error }
 
-// read returns what is in a file. The error is a spoiltError, or what the system says.
-func (s *spool) read(name string) (*content, error) {
+// read returns the body in a file. The error is a spoiltError, or what the system says.
+func (s *spool) read(name string) (body []byte, err error) {
 	path := filepath.Join(s.dir, name)
 	info, err := os.Lstat(path)
 	switch {
@@ -287,15 +299,29 @@ func (s *spool) read(name string) (*content, error) {
 	if err != nil {
 		return nil, err
 	}
-	body, err := unpack(packed)
-	if err != nil {
-		return nil, &spoiltError{err}
+	if body, err = unpack(packed); err == nil {
+		var metrics []metric
+		if metrics, err = decode(body); err == nil {
+			return encode(metrics), nil
+		}
 	}
-	metrics, err := decode(body)
-	if err != nil {
-		return nil, &spoiltError{err}
+	return nil, &spoiltError{err}
+}
+
+// trouble returns what is wrong with the folder or with this process, nil if err, from read, is
+// about one file only.
+func (s *spool) trouble(err error) error {
+	var spoilt *spoiltError
+	if errors.As(err, &spoilt) {
+		return nil
 	}
-	return &content{body: encode(metrics), count: len(metrics)}, nil
+	if trouble := s.check(); trouble != nil {
+		return trouble
+	}
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return err
+	}
+	return nil
 }
 
 // remove removes a file, now or, where that fails or the folder is not ours, at some tidy.
@@ -308,7 +334,8 @@ func (s *spool) remove(f file) {
 	if err := os.Remove(path); err == nil || errors.Is(err, fs.ErrNotExist) {
 		return
 	}
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) { // a read-only disk refuses to remove what it does not have
+	// A read-only disk refuses to remove even what it does not have.
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		s.litter = append(s.litter, f)
 	}
 }
@@ -322,9 +349,18 @@ func (s *spool) tidy() {
 	}
 }
 
-// setAside keeps a file that cannot be used for whoever wants to look at it, as long as there is room.
+// setAside keeps a file that cannot be used for somebody to look at, as long as there is room.
 func (s *spool) setAside(f file, metrics int, why error) {
-	s.log.Error("a spooled file cannot be used; it is set aside", "file", f.name+badSuffix, "metrics", metrics, "error", errorText(why))
+	if errors.Is(why, fs.ErrNotExist) {
+		if !s.goneSaid {
+			s.log.Error("a file has gone from the spool, and its metrics with it",
+				"file", f.name, "metrics", metrics)
+		}
+		s.goneSaid = true
+		return
+	}
+	s.log.Error("a spooled file cannot be used; it is set aside",
+		"file", f.name+badSuffix, "metrics", metrics, "error", errorText(why))
 	old := filepath.Join(s.dir, f.name)
 	f.name += badSuffix
 	if err := os.Rename(old, filepath.Join(s.dir, f.name)); err == nil {
@@ -332,16 +368,57 @@ func (s *spool) setAside(f file, metrics int, why error) {
 	}
 }
 
-// removeBad removes the oldest file that was set aside; ok is false if there is none.
-func (s *spool) removeBad() (ok bool) {
-	if len(s.bad) == 0 {
-		return false
+// writeBad keeps metrics that the receiver refuses for somebody to look at, as long as there is
+// room. It returns the name of their file, "" if it could not be written.
+func (s *spool) writeBad(b *batch) string {
+	if s.check() != nil {
+		return ""
 	}
-	f := s.bad[0]
-	s.bad = s.bad[1:]
-	// It may be a folder that somebody made. What is in it is not ours to remove.
-	s.remove(f)
-	return true
+	name, err := s.newName(b)
+	if err == nil {
+		name += badSuffix
+		err = writeDurably(s.dir, name, b.packed)
+	}
+	if err != nil {
+		return ""
+	}
+	s.bad = append(s.bad, file{name, onDisk(int64(len(b.packed)))})
+	return name
+}
+
+// makeRoom removes files that were set aside, oldest first, until they and what else is held, in
+// bytes, fit into limit or there are no more. It returns the bytes that are held then.
+func (s *spool) makeRoom(held, limit int64) int64 {
+	for _, f := range s.bad {
+		held += f.size
+	}
+	for held > limit && len(s.bad) > 0 {
+		f := s.bad[0]
+		s.bad = s.bad[1:]
+		s.remove(f) // fails for a folder that somebody made: what is in it is not ours
+		held -= f.size
+	}
+	return held
+}
+
+// fail closes the folder because of err, until it can be opened again.
+func (s *spool) fail(err error) {
+	if s.isOpen() {
+		s.close()
+		s.tell(err)
+	}
+}
+
+// tell logs when the spool ceases to work, and when it works again.
+func (s *spool) tell(err error) {
+	switch {
+	case err != nil && !s.failed:
+		s.log.Error("the spool cannot be used; metrics are kept in memory until it can",
+			"error", errorText(err))
+	case err == nil && s.failed:
+		s.log.Info("the spool can be used again")
+	}
+	s.failed = err != nil
 }
 
 // onDisk returns what a file of so many bytes takes of the disk.
@@ -352,31 +429,4 @@ func onDisk(bytes int64) int64 {
 // isOurs tells whether err, from read, is not the file's trouble but this process's, and will pass.
 func isOurs(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
-}
-
-// packer packs, one at a time, and keeps what gzip needs for it, a megabyte, for the next time.
-type packer struct{ gz *gzip.Writer }
-
-// pack gzips body. At the fastest level, metrics shrink to an eighth.
-func (p *packer) pack(body []byte) []byte {
-	if p.gz == nil {
-		p.gz, _ = gzip.NewWriterLevel(nil, gzip.BestSpeed) // fails only for a level that is none
-	}
-	var b bytes.Buffer
-	p.gz.Reset(&b)
-	p.gz.Write(body) // a Buffer takes everything
-	p.gz.Close()
-	return b.Bytes()
-}
-
-// unpack undoes pack. Whatever was cut off or changed is an error.
-func unpack(packed []byte) ([]byte, error) {
-	r, err := gzip.NewReader(bytes.NewReader(packed))
-	if err == nil {
-		var body []byte
-		if body, err = readAtMost(r, maxBody, errors.New("too large")); err == nil {
-			return body, nil
-		}
-	}
-	return nil, fmt.Errorf("not a whole gzip file: %s", strings.TrimPrefix(err.Error(), "gzip: "))
 }

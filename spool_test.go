@@ -20,27 +20,6 @@ import (
 	"time"
 )
 
-// spooled returns a queue for r with its spool in dir, and its log.
-func (r *receiver) spooled(t testing.TB, dir string) (*queue, *logged) {
-	t.Helper()
-	log := &logged{}
-	q := newQueue(r.destination(), 1<<20, log.logger())
-	if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(q.spool.close)
-	return q, log
-}
-
-// deliverAll delivers what is in q and ends it.
-func deliverAll(t *testing.T, q *queue) {
-	t.Helper()
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
-}
-
 // files returns what is in a folder but the lock.
 func files(t testing.TB, dir string) []string {
 	t.Helper()
@@ -66,7 +45,10 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 	q.put(points(0, 5001))
 	q.put(points(5001, 2))
 	names := files(t, dir)
-	if want := []string{"20261123T045440Z-0000000001-5000.json.gz", "20261123T061800Z-0000000002-1.json.gz", "20261123T061801Z-0000000003-2.json.gz"}; !slices.Equal(names, want) {
+	if want := []string{"20261123T045440Z-0000000001-5000.json.gz", "20261123T061800Z-0000000002-1.json.gz", "20261123T061801Z-0000000003-2.json.gz"}; !slices.Equal(
+		names,
+		want,
+	) {
 		t.Errorf("files %q, want %q", names, want)
 	}
 	packed, err := os.ReadFile(filepath.Join(dir, names[2]))
@@ -99,7 +81,11 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	if got := log.take(); !strings.HasPrefix(got, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`) || strings.Count(got, "\n") != 1 {
+	if got := log.take(); !strings.HasPrefix(
+		got,
+		`level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`,
+	) ||
+		strings.Count(got, "\n") != 1 {
 		t.Errorf("logged %s", got)
 	}
 	// Names are not used again, not even by the next run.
@@ -116,13 +102,14 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 func TestSpoolIsOneDaemons(t *testing.T) {
 	dir := newDir(t)
 	first, _ := (&receiver{}).spooled(t, dir)
-	second, _ := (&receiver{}).queue()
-	err := second.useSpool(&spool{dir: dir, log: second.log})
-	if want := fmt.Sprintf("another docker-stats-to-backstop uses this folder: process %d", os.Getpid()); err == nil || err.Error() != want {
+	second, _ := (&receiver{}).queue(t)
+	err := second.useSpool(&spool{dir: dir, log: second.queue.log})
+	if want := fmt.Sprintf("another docker-stats-to-backstop uses this folder: process %d", os.Getpid()); err == nil ||
+		err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)
 	}
 	first.spool.close()
-	if err := second.useSpool(&spool{dir: dir, log: second.log}); err != nil {
+	if err := second.useSpool(&spool{dir: dir, log: second.queue.log}); err != nil {
 		t.Error(err)
 	}
 	second.spool.close()
@@ -164,8 +151,10 @@ func TestSpoolSurvivesTruncation(t *testing.T) {
 		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
 			t.Errorf("%d bytes: arrived %v", length, r.got)
 		}
-		if got := log.take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(got,
-			`level=ERROR msg="a spooled file cannot be used; it is set aside" file=`+names[1]+`.bad metrics=3 error="not a whole gzip file: `) {
+		if got := log.take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(
+			got,
+			`level=ERROR msg="a spooled file cannot be used; it is set aside" file=`+names[1]+`.bad metrics=3 error="not a whole gzip file: `,
+		) {
 			t.Errorf("%d bytes: logged %s", length, got)
 		}
 		if got := figuresOf(q); got != "sent 6, retried 0, dropped 3" {
@@ -184,9 +173,8 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 	q.put(points(0, 2))
 	q.put(points(2, 2))
 	q.spool.close()
-	packer := packer{}
 	forged := func(name, body string) {
-		if err := os.WriteFile(filepath.Join(dir, name), packer.pack([]byte(body)), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), pack([]byte(body)), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -207,7 +195,8 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	bad[folder] = ""
-	// What was under way when a daemon was killed goes; others' files stay, and what was set aside before.
+	// What was under way when a daemon was killed goes; others' files stay, and what was set aside
+	// before.
 	forged(".20261123T045441Z-0000000019-1.json.gz12345", "")
 	others := []string{"20261123T045441Z-0000000001-2.json.gz.bad", "lost+found", "notes.txt"}
 	forged(others[0], "")
@@ -232,7 +221,10 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 	if left := files(t, dir); !slices.Equal(left, others) {
 		t.Errorf("left\n%q, want\n%q", left, others)
 	}
-	if !strings.Contains(lines, `level=WARN msg="the spool folder has files of others, which are left alone" files=2 such_as=lost+found`) {
+	if !strings.Contains(
+		lines,
+		`level=WARN msg="the spool folder has files of others, which are left alone" files=2 such_as=lost+found`,
+	) {
 		t.Errorf("logged\n%s", lines)
 	}
 }
@@ -256,10 +248,8 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := q.send(t.Context(), q.next()); err == nil {
+	if err := q.try(t); err == nil {
 		t.Fatal("no failure")
-	} else {
-		q.failed(err)
 	}
 	q.close()
 	if err := q.deliver(t.Context()); err == nil || err.Error() != "2 metrics not delivered" {
@@ -268,12 +258,16 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 	if !slices.Equal(r.got, []int{0, 3}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); strings.Count(got, `level=ERROR msg="a file has gone from the spool, and its metrics with it" `) != 1 {
+	if got := log.take(); strings.Count(
+		got,
+		`level=ERROR msg="a file has gone from the spool, and its metrics with it" `,
+	) != 1 {
 		t.Errorf("logged\n%s", got)
 	}
 }
 
-// A folder that cannot be read for a while costs nothing: what is in it waits, what is in memory does not.
+// A folder that cannot be read for a while costs nothing: what is in it waits, what is in memory
+// does not.
 func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	dir := newDir(t)
 	down := true
@@ -287,7 +281,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	for i := range 3 {
 		q.put(points(i, 1))
 	}
-	q.failed(q.send(t.Context(), q.next()))
+	q.try(t)
 	log.take()
 	// Whatever is done with it fails from here on.
 	away := dir + " away"
@@ -298,20 +292,24 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	down = false
-	if err := q.send(t.Context(), q.next()); err != nil {
+	if err := q.try(t); err != nil {
 		t.Errorf("%v: something else may be sent", err)
 	}
-	if b, _ := q.turn(); b != nil {
+	if b := q.turn(false); b != nil {
 		t.Errorf("%s cannot be read", b.file)
 	}
 	q.put(points(3, 1))
-	if err := q.send(t.Context(), q.next()); err != nil {
+	if err := q.try(t); err != nil {
 		t.Error(err)
 	}
 	if !slices.Equal(r.got, []int{3}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="the spool cannot be used; metrics are kept in memory until it can" error=`) {
+	if got := log.take(); strings.Count(got, "\n") != 1 ||
+		!strings.Contains(
+			got,
+			`msg="the spool cannot be used; metrics are kept in memory until it can" error=`,
+		) {
 		t.Errorf("logged\n%s", got)
 	}
 	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
@@ -322,7 +320,8 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); !strings.Contains(got, `msg="the spool can be used again"`) || strings.Contains(got, "ERROR") {
+	if got := log.take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
+		strings.Contains(got, "ERROR") {
 		t.Errorf("logged\n%s", got)
 	}
 	if left := files(t, dir); len(left) != 0 {
@@ -330,30 +329,37 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	}
 }
 
-// Where this process is out of descriptors, no file is to blame.
+// Out of file descriptors, no file is to blame: the folder is not used for a while.
 func TestSpoolSurvivesTheWantOfDescriptors(t *testing.T) {
-	dir := newDir(t)
 	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-	q, log := r.spooled(t, dir)
+	q, log := r.spooled(t, newDir(t))
 	q.put(points(0, 1))
 	q.put(points(1, 1))
-	q.failed(q.send(t.Context(), q.next()))
-	r.fail = nil
-	for range 3 * maxUnread {
-		q.unread(q.next(), &fs.PathError{Op: "open", Path: dir, Err: syscall.EMFILE})
-		if b, _ := q.turn(); b != nil && b.file != "" {
+	q.try(t)
+	for _, err := range []error{syscall.EMFILE, syscall.ENFILE} {
+		trouble := q.spool.trouble(&fs.PathError{Op: "open", Path: q.spool.dir, Err: err})
+		if !errors.Is(trouble, err) {
+			t.Errorf("%v counts as the file's trouble", err)
+		}
+		q.spool.fail(trouble)
+		if b := q.turn(false); b != nil {
 			t.Errorf("%s is tried at once", b.file)
 		}
 		q.put(nil) // it works again
 	}
-	if got := log.take(); strings.Contains(got, "set aside") || !strings.Contains(got, "the spool cannot be used; metrics are kept in memory until it can") || !strings.Contains(got, syscall.EMFILE.Error()) {
-		t.Errorf("logged\n%s", got)
+	got := log.take()
+	for _, want := range []string{"the spool cannot be used", syscall.EMFILE.Error(), "the spool can be used again"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %s in\n%s", want, got)
+		}
 	}
+	r.fail = nil
 	deliverAll(t, q)
 	r.inOrder(t, 0, 2)
 }
 
-// Two daemons on one folder are noticed, even if somebody has removed the lock, or the folder; and none takes a file of the other.
+// Two daemons on one folder are noticed, even if somebody has removed the lock, or the folder; and
+// none takes a file of the other.
 func TestSpoolNoticesAnotherDaemon(t *testing.T) {
 	for _, remove := range []string{lockName, "."} {
 		dir := newDir(t)
@@ -374,12 +380,17 @@ func TestSpoolNoticesAnotherDaemon(t *testing.T) {
 		if after := files(t, dir); !slices.Equal(after, before) {
 			t.Errorf("files %q, before %q", after, before)
 		}
-		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `msg="the spool cannot be used; metrics are kept in memory until it can" error="`) {
+		if got := log.take(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(
+				got,
+				`msg="the spool cannot be used; metrics are kept in memory until it can" error="`,
+			) {
 			t.Errorf("logged\n%s", got)
 		}
 		deliverAll(t, second)
 		deliverAll(t, first)
-		if slices.Sort(one.got); !slices.Equal(one.got, []int{0, 1, 2, 3}) || !slices.Contains(other.got, 100) {
+		if slices.Sort(one.got); !slices.Equal(one.got, []int{0, 1, 2, 3}) ||
+			!slices.Contains(other.got, 100) {
 			t.Errorf("arrived %v and %v", one.got, other.got)
 		}
 	}
@@ -459,12 +470,13 @@ func TestSpoolIsBounded(t *testing.T) {
 				t.Fatalf("%d bytes of files", used)
 			}
 		}
-		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "no room for more metrics") {
+		if got := log.take(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(got, "no room for more metrics") {
 			t.Errorf("logged %s", got)
 		}
 		// A limit that was made smaller is kept from the start.
 		q.spool.close()
-		q, log = (&receiver{}).queue()
+		q, log = (&receiver{}).queue(t)
 		q.limit = 1 << 19
 		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
 			t.Fatal(err)
@@ -480,7 +492,6 @@ func TestSpoolIsBounded(t *testing.T) {
 
 // A day of 100 containers at a poll a minute, of values as long as they get, fits into the default.
 func TestSpoolHoldsADay(t *testing.T) {
-	packer := packer{}
 	random := rand.New(rand.NewPCG(1, 2))
 	var metrics []metric
 	// As much as a container ever sends; see TestMetricsAreDocumented for where they come from.
@@ -488,7 +499,15 @@ func TestSpoolHoldsADay(t *testing.T) {
 	for i := range 100 {
 		for _, name := range names {
 			for _, name := range expand(name) {
-				metrics = append(metrics, metric{"", fmt.Sprintf("project%d.service%d.%s", i/10, i, name), whole(random.Uint64N(1e12)), 1795409680 + int64(i%2)})
+				metrics = append(
+					metrics,
+					metric{
+						"",
+						fmt.Sprintf("project%d.service%d.%s", i/10, i, name),
+						whole(random.Uint64N(1e12)),
+						1795409680 + int64(i%2),
+					},
+				)
 			}
 		}
 	}
@@ -497,15 +516,15 @@ func TestSpoolHoldsADay(t *testing.T) {
 	}
 	var sweep int64
 	for some := range slices.Chunk(metrics, maxBatch) {
-		sweep += onDisk(int64(len(packer.pack(encode(some)))))
+		sweep += onDisk(int64(len(pack(encode(some)))))
 	}
 	if day := sweep * 24 * 60; day > 256<<20 {
 		t.Errorf("%d metrics a minute are %d MiB a day", len(metrics), day>>20)
 	}
 }
 
-// BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from files to a stand-in that throws it
-// away, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
+// BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from files to
+// a stand-in that throws it away, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
 func BenchmarkDrain(b *testing.B) {
 	const sweeps, size = 24 * 60, 4000
 	url := os.Getenv("BENCH_BACKSTOP")
@@ -517,23 +536,25 @@ func BenchmarkDrain(b *testing.B) {
 	target := mustBackstop(b, url)
 	for b.Loop() {
 		b.StopTimer()
-		spool, packer, now := &spool{dir: b.TempDir(), log: (&logged{}).logger()}, packer{}, time.Now().Unix()
+		spool, now := &spool{dir: b.TempDir()}, time.Now().Unix()
 		var metrics [size]metric
 		for i := range sweeps {
 			at := now - int64(sweeps-i)*60
 			for m := range metrics {
-				metrics[m] = metric{"", fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40), whole(uint64(i*m) * 1234567), at}
+				metrics[m] = metric{
+					"",
+					fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40),
+					whole(uint64(i*m) * 1234567),
+					at,
+				}
 			}
 			name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(at, 0).UTC().Format(spoolTime), i, size)
-			if err := os.WriteFile(filepath.Join(spool.dir, name), packer.pack(encode(metrics[:])), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(spool.dir, name), pack(encode(metrics[:])), 0o600); err != nil {
 				b.Fatal(err)
 			}
 		}
-		q := newQueue(destination{"Backstop", encode, target.post}, 256<<20, spool.log)
 		b.StartTimer()
-		if err := q.useSpool(spool); err != nil {
-			b.Fatal(err)
-		}
+		q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, spool.dir)
 		q.close()
 		if err := q.deliver(b.Context()); err != nil {
 			b.Fatal(err)

@@ -146,3 +146,6 @@ func kindOf(value []byte) string {
 type noAnswer time.Duration
 
 func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
+
+// inUTC is a time, in Unix seconds, as the log has it.
+func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
