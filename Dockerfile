@@ -17,7 +17,8 @@ LABEL org.opencontainers.image.title="docker-stats-to-backstop" \
       org.opencontainers.image.source="https://github.com/deliverous/docker-stats-to-backstop" \
       org.opencontainers.image.licenses="MIT"
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
-COPY --from=build /src/LICENSE /src/THIRD_PARTY.md /
+COPY --from=build /src/LICENSE /
+COPY --from=build /src/docs/third-party.md /THIRD_PARTY.md
 # With /spool, where whatever user it runs as can make a folder of its own; in a new volume that is mounted there, too.
 COPY --from=build /out/ /
 ENV SRV_SPOOL=/spool/metrics

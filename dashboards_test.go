@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// dashboards says for each file of queries how their paths begin, and what METRICS.md writes for that; the longer ones first.
+// dashboards says for each file of queries how their paths begin, and what docs/metrics.md writes for that; the longer ones first.
 var dashboards = map[string][][2]string{
 	"deploy/grafana.json": {
 		{"$prefix.$host.**.", "<c>."}, {"$prefix.$host.", "<h>."}, {"$prefix.$container.", "<c>."}, {"$prefix.**.", "<c>."},
@@ -42,20 +42,20 @@ var labels = map[string][]string{
 	"bytes/s × 8":      {"bps", "bits a second"},
 }
 
-// contract is what METRICS.md says of a metric.
+// contract is what docs/metrics.md says of a metric.
 type contract struct{ kind, unit string }
 
 // contracts returns that of every documented metric.
 func contracts(t *testing.T) map[string]contract {
 	t.Helper()
 	all := map[string]contract{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, ([^|]+))? \\|").FindAllStringSubmatch(readFile(t, "METRICS.md"), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, ([^|]+))? \\|").FindAllStringSubmatch(readFile(t, "docs/metrics.md"), -1) {
 		for _, name := range expand(row[1]) {
 			all[name] = contract{row[2], row[3]}
 		}
 	}
 	if len(all) < 60 {
-		t.Fatalf("only %d metrics found in METRICS.md", len(all))
+		t.Fatalf("only %d metrics found in docs/metrics.md", len(all))
 	}
 	return all
 }
@@ -132,14 +132,14 @@ type queryCheck struct {
 	functions map[string]bool
 }
 
-// names returns the metrics of a path, as METRICS.md has them.
+// names returns the metrics of a path, as docs/metrics.md has them.
 func (q *queryCheck) names(path string) ([]string, error) {
 	for _, begin := range q.begins {
 		if rest, ok := strings.CutPrefix(path, begin[0]); ok {
 			names := expand(begin[1] + rest)
 			for _, name := range names {
 				if _, ok := q.metrics[name]; !ok {
-					return nil, fmt.Errorf("%s: METRICS.md has no %s", path, name)
+					return nil, fmt.Errorf("%s: docs/metrics.md has no %s", path, name)
 				}
 			}
 			return names, nil
@@ -540,17 +540,17 @@ func TestReadmePictures(t *testing.T) {
 // Whoever comes from another tool is told of metrics that there are.
 func TestMigrationNamesMetrics(t *testing.T) {
 	metrics := contracts(t)
-	named := allOf("`(<[ch]>\\.[^`]+)`", readFile(t, "MIGRATION.md"))
+	named := allOf("`(<[ch]>\\.[^`]+)`", readFile(t, "docs/migration.md"))
 	n := 0
 	for _, names := range named {
 		for _, name := range expand(names) {
 			n++
 			if _, ok := metrics[name]; !ok {
-				t.Errorf("MIGRATION.md has %s, METRICS.md has not", name)
+				t.Errorf("docs/migration.md has %s, docs/metrics.md has not", name)
 			}
 		}
 	}
 	if n < 50 {
-		t.Errorf("MIGRATION.md names only %d metrics", n)
+		t.Errorf("docs/migration.md names only %d metrics", n)
 	}
 }

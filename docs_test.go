@@ -143,19 +143,19 @@ func expand(name string) []string {
 
 func TestMetricsAreDocumented(t *testing.T) {
 	var documented []string
-	for _, name := range allOf("(?m)^\\| `(<[ch]>[^`]+)`", readFile(t, "METRICS.md")) {
+	for _, name := range allOf("(?m)^\\| `(<[ch]>[^`]+)`", readFile(t, "docs/metrics.md")) {
 		documented = append(documented, expand(name)...)
 	}
 	slices.Sort(documented)
 	sent := everyMetric(t)
 	for _, name := range sent {
 		if !slices.Contains(documented, name) {
-			t.Errorf("METRICS.md lacks %s", name)
+			t.Errorf("docs/metrics.md lacks %s", name)
 		}
 	}
 	for _, name := range documented {
 		if !slices.Contains(sent, name) {
-			t.Errorf("METRICS.md has %s, which nothing sends", name)
+			t.Errorf("docs/metrics.md has %s, which nothing sends", name)
 		}
 	}
 	// What the README shows of them has to be among them.

@@ -495,7 +495,7 @@ func TestSpoolHoldsADay(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	var metrics []metric
 	// As much as a container ever sends; see TestMetricsAreDocumented for where they come from.
-	names := allOf("(?m)^\\| `<c>\\.([^`<]+)`", readFile(t, "METRICS.md"))
+	names := allOf("(?m)^\\| `<c>\\.([^`<]+)`", readFile(t, "docs/metrics.md"))
 	for i := range 100 {
 		for _, name := range names {
 			for _, name := range expand(name) {
