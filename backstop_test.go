@@ -13,15 +13,9 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-)
 
-// at returns the stand-in's URL with these credentials, user:password or "", and path.
-func (s *standIn) at(credentials, path string) string {
-	if credentials != "" {
-		credentials += "@"
-	}
-	return strings.Replace(s.URL, "http://", "http://"+credentials, 1) + path
-}
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
+)
 
 var onePoint = encode([]metric{{"", "web.a", whole(1), 1795409680}})
 
@@ -36,20 +30,20 @@ func mustBackstop(t testing.TB, url string) *backstop {
 }
 
 func TestPost(t *testing.T) {
-	s := newStandIn(t)
-	s.set("user:p@ss/w%rd", nil)
-	b := mustBackstop(t, s.at("user:p%40ss%2Fw%25rd", "/publish/docker/"))
+	s := harness.NewStandIn(t)
+	s.Set("user:p@ss/w%rd", nil)
+	b := mustBackstop(t, s.At("user:p%40ss%2Fw%25rd", "/publish/docker/"))
 	if err := b.post(t.Context(), encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409681}})); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := s.lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
+	if got, want := s.Lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
 		t.Errorf("arrived:\n%swant\n%s", got, want)
 	}
 }
 
 // One connection serves all requests, the refused ones and those with a long answer among them.
 func TestPostKeepsItsConnection(t *testing.T) {
-	s := unstartedStandIn(t.Errorf)
+	s := harness.UnstartedStandIn(t.Errorf)
 	var connections atomic.Int32
 	s.Server = httptest.NewUnstartedServer(s)
 	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
@@ -58,7 +52,7 @@ func TestPostKeepsItsConnection(t *testing.T) {
 		}
 	}
 	s.Start()
-	t.Cleanup(s.stop)
+	t.Cleanup(s.Stop)
 	good, bad := mustBackstop(t, s.URL+"/publish/docker"), mustBackstop(t, s.URL+"/nowhere")
 	bad.transport = good.transport
 	for range 3 {
@@ -78,7 +72,7 @@ func TestPostKeepsItsConnection(t *testing.T) {
 }
 
 func TestPostFailures(t *testing.T) {
-	s := newStandIn(t)
+	s := harness.NewStandIn(t)
 	moved := func(status int) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://user:password@elsewhere/publish/docker?key=secret", status)
@@ -93,31 +87,31 @@ func TestPostFailures(t *testing.T) {
 		{"no credentials", "/publish/docker", nil, mendIt, `^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
 		{"another prefix", "/publish/doker", nil, mendIt, `^answer 404 Not Found: unknown prefix; the path in --backstop has to be /publish/ and one of the PREFIXES`},
 		{"two segments", "/publish/docker/x", nil, mendIt, `^answer 404 Not Found: <!DOCTYPE html>; the path`},
-		{"forbidden", "/publish/docker", answerWith(403, "Host not permitted"), mendIt, `^answer 403 Forbidden: Host not permitted; Backstop in development mode.*RACK_ENV=production`},
-		{"bad metric", "/publish/docker", answerWith(400, "missing fields"), halveIt, `^answer 400 Bad Request: missing fields$`},
-		{"not Backstop", "/publish/docker", answerWith(400, "Client sent an HTTP request to an HTTPS server."), halveIt, `^answer 400 Bad Request: Client sent an HTTP request to an HTTPS server.; this is not Backstop's answer: check what is at the address in --backstop, and whether it wants https://$`},
-		{"too large", "/publish/docker", answerWith(413, ""), halveIt, `^answer 413 Request Entity Too Large$`},
-		{"slow down", "/publish/docker", answerWith(429, ""), tryAgain, `^answer 429 Too Many Requests$`},
-		{"stalled", "/publish/docker", answerWith(408, ""), tryAgain, `^answer 408 Request Timeout$`},
-		{"carbon is down", "/publish/docker", answerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), tryAgain, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
-		{"no content", "/publish/docker", answerWith(304, ""), mendIt, `^answer 304 Not Modified$`},
+		{"forbidden", "/publish/docker", harness.AnswerWith(403, "Host not permitted"), mendIt, `^answer 403 Forbidden: Host not permitted; Backstop in development mode.*RACK_ENV=production`},
+		{"bad metric", "/publish/docker", harness.AnswerWith(400, "missing fields"), halveIt, `^answer 400 Bad Request: missing fields$`},
+		{"not Backstop", "/publish/docker", harness.AnswerWith(400, "Client sent an HTTP request to an HTTPS server."), halveIt, `^answer 400 Bad Request: Client sent an HTTP request to an HTTPS server.; this is not Backstop's answer: check what is at the address in --backstop, and whether it wants https://$`},
+		{"too large", "/publish/docker", harness.AnswerWith(413, ""), halveIt, `^answer 413 Request Entity Too Large$`},
+		{"slow down", "/publish/docker", harness.AnswerWith(429, ""), tryAgain, `^answer 429 Too Many Requests$`},
+		{"stalled", "/publish/docker", harness.AnswerWith(408, ""), tryAgain, `^answer 408 Request Timeout$`},
+		{"carbon is down", "/publish/docker", harness.AnswerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), tryAgain, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
+		{"no content", "/publish/docker", harness.AnswerWith(304, ""), mendIt, `^answer 304 Not Modified$`},
 		{"moved", "/publish/docker", moved(301), mendIt, `^answer 301 Moved Permanently; set --backstop to the address that it redirects to: http://elsewhere/publish/docker$`},
 		{"moved, method kept", "/publish/docker", moved(307), mendIt, `^answer 307 Temporary Redirect; set --backstop to the address`},
 		{"hung up", "/publish/docker", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, tryAgain, `^EOF$`},
-		{"a long line", "/publish/docker", answerWith(500, strings.Repeat("ü", 1000)), tryAgain, `^answer 500 Internal Server Error: ü{100}$`},
+		{"a long line", "/publish/docker", harness.AnswerWith(500, strings.Repeat("ü", 1000)), tryAgain, `^answer 500 Internal Server Error: ü{100}$`},
 		{"an address that is none", "/publish/docker", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Location", "http://user:password%zz@h/x")
 			w.WriteHeader(302)
 		}, mendIt, `^answer 302 Found$`},
-		{"secrets across the cut", "/publish/docker", answerWith(500, strings.Repeat("x", 195)+"password"), tryAgain, `^answer 500 Internal Server Error: x{195}xxxxx$`},
-		{"secrets repeated", "/publish/docker", answerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), tryAgain, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
+		{"secrets across the cut", "/publish/docker", harness.AnswerWith(500, strings.Repeat("x", 195)+"password"), tryAgain, `^answer 500 Internal Server Error: x{195}xxxxx$`},
+		{"secrets repeated", "/publish/docker", harness.AnswerWith(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), tryAgain, `^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
 	} {
 		auth := "user:other"
 		if test.path != "/publish/docker" {
 			auth = ""
 		}
-		s.set(auth, test.fault)
-		err := mustBackstop(t, s.at("user:password", test.path)).post(t.Context(), onePoint)
+		s.Set(auth, test.fault)
+		err := mustBackstop(t, s.At("user:password", test.path)).post(t.Context(), onePoint)
 		if err == nil {
 			t.Errorf("%s: taken for success", test.why)
 			continue
@@ -129,15 +123,15 @@ func TestPostFailures(t *testing.T) {
 		}
 	}
 	for _, status := range []int{200, 201, 204} {
-		s.set("", answerWith(status, ""))
+		s.Set("", harness.AnswerWith(status, ""))
 		if err := mustBackstop(t, s.URL+"/publish/docker").post(t.Context(), []byte("[]")); err != nil {
 			t.Errorf("%d: %v", status, err)
 		}
 	}
 
-	b := mustBackstop(t, s.at("user:password", "/publish/docker"))
+	b := mustBackstop(t, s.At("user:password", "/publish/docker"))
 	b.timeout = 500 * time.Millisecond
-	s.set("", hang)
+	s.Set("", harness.Hang)
 	if err := b.post(t.Context(), []byte("[]")); err == nil ||
 		err.Error() != "no answer within 500ms" {
 		t.Errorf("a request that hangs: %v", err)
@@ -220,8 +214,8 @@ func TestRetryAfter(t *testing.T) {
 			t.Errorf("%q: %s, want %s", text, got, want)
 		}
 	}
-	s := newStandIn(t)
-	s.set("", func(w http.ResponseWriter, _ *http.Request) {
+	s := harness.NewStandIn(t)
+	s.Set("", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Retry-After", "120")
 		w.WriteHeader(503)
 	})
@@ -237,7 +231,7 @@ func TestRetryAfter(t *testing.T) {
 
 // After a pause, the last metric goes ahead, twice; else nothing does.
 func TestLead(t *testing.T) {
-	s := newStandIn(t)
+	s := harness.NewStandIn(t)
 	b := mustBackstop(t, s.URL+"/publish/docker")
 	b.leadAfter = time.Hour
 	body := encode(
@@ -252,24 +246,24 @@ func TestLead(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if got := fmt.Sprint(s.requests); got != "[1 1 3 3]" {
+	if got := fmt.Sprint(s.Requests()); got != "[1 1 3 3]" {
 		t.Errorf("requests of %s", got)
 	}
 	b.asked = time.Now().Add(-time.Hour)
-	s.points = map[string]string{}
-	s.set("", nil)
+	s.Forget()
+	s.Set("", nil)
 	if err := b.post(t.Context(), onePoint); err != nil {
 		t.Error(err)
 	}
-	if got := fmt.Sprint(s.requests); got != "[1 1 3 3 1 1 1]" {
+	if got := fmt.Sprint(s.Requests()); got != "[1 1 3 3 1 1 1]" {
 		t.Errorf("requests of %s", got)
 	}
 	// What is wrong with a metric is not found out by the lead.
 	b.asked = time.Time{}
 	var asked atomic.Int32
-	s.set("", func(w http.ResponseWriter, r *http.Request) {
+	s.Set("", func(w http.ResponseWriter, r *http.Request) {
 		asked.Add(1)
-		answerWith(400, "missing fields")(w, r)
+		harness.AnswerWith(400, "missing fields")(w, r)
 	})
 	for range 2 {
 		if err := b.post(t.Context(), body); err == nil ||
@@ -299,18 +293,18 @@ func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 		{0, 50 * time.Millisecond, 0, true},
 		{20 * time.Millisecond, 50 * time.Millisecond, 0, true},
 	} {
-		s := newStandIn(t)
+		s := harness.NewStandIn(t)
 		b := mustBackstop(t, s.URL+"/publish/docker")
 		b.leadPause = test.pause
 		if err := b.post(t.Context(), onePoint); err != nil {
 			t.Fatal(err)
 		}
-		s.restartCarbon(test.roundTrip)
+		s.RestartCarbon(test.roundTrip)
 		b.asked = time.Now().Add(-test.idle)
 		if err := b.post(t.Context(), encode(metrics)); err != nil {
 			t.Error(err)
 		}
-		got := strings.Count(s.lines(), "\n") - 1 // onePoint
+		got := strings.Count(s.Lines(), "\n") - 1 // onePoint
 		if lost := got < len(metrics); lost != test.lost {
 			t.Errorf(
 				"%s from Carbon, after %s: %d of %d arrived",

@@ -4,22 +4,34 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"log/slog"
 	"net/http"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 	docker "github.com/fsouza/go-dockerclient"
 )
 
+// collecting returns a collector of an engine whose calls may take as long as timeout, and its log.
+func collecting(t testing.TB, address string, timeout time.Duration) (*collector, *harness.Log) {
+	t.Helper()
+	e, err := newEngine(address, timeout)
+	harness.Must(t, err)
+	log := &harness.Log{}
+	return newCollector(e, nil, log.Logger()), log
+}
+
 func TestSweep(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	c, log := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	c, log := collecting(t, r.URL, 10*time.Second)
 	c.containers.rules, c.per = renaming(regexp.MustCompile(`^fx-`), "shop."), details{true, true, true}
 	before := time.Now().Unix()
 	result := c.sweep(t.Context())
@@ -29,7 +41,7 @@ func TestSweep(t *testing.T) {
 	}
 
 	lines := asLines(result.metrics)
-	golden := r.read(t, "stats-one-shot-busy.golden")
+	golden := r.Read("stats-one-shot-busy.golden")
 	if want := strings.ReplaceAll(string(golden), "c.", "shop.busy."); !strings.Contains(lines, want) {
 		t.Errorf("got\n%swhich lacks\n%s", lines, want)
 	}
@@ -51,18 +63,18 @@ func TestSweep(t *testing.T) {
 	// fx-web, which is in the list, was removed meanwhile, as far as the stats know.
 	want := `level=INFO msg="Docker engine answers" engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true host=vmtest running=6
 level=INFO msg="container is gone" container=fx-web reason="No such container: `
-	if got := log.take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 {
+	if got := log.Take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 {
 		t.Errorf("logged\n%swant\n%s", got, want)
 	}
 	c.sweep(t.Context())
-	if got := log.take(); got != "" {
+	if got := log.Take(); got != "" {
 		t.Errorf("a second time, it logged\n%s", got)
 	}
 }
 
 func TestHostName(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	c, _ := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, 10*time.Second)
 	c.host = "web1.example.com"
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
 		t.Errorf("--host made\n%s", lines)
@@ -75,9 +87,9 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := newReplay(t, "cgroup2")
-	r.on("/info", answerWith(http.StatusForbidden, "no"))
-	c, log := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	r.On("/info", harness.AnswerWith(http.StatusForbidden, "no"))
+	c, log := collecting(t, r.URL, 10*time.Second)
 	for range 2 {
 		result := c.sweep(t.Context())
 		lines := asLines(result.metrics)
@@ -85,10 +97,10 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 			t.Errorf("without /info it is %v\n%s", result.err, lines)
 		}
 	}
-	if got := log.take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+` error="API error (403): no"`) {
+	if got := log.Take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+` error="API error (403): no"`) {
 		t.Errorf("logged %s", got)
 	}
-	r.on("/info", nil)
+	r.On("/info", nil)
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nvmtest.containers.paused 1 ") {
 		t.Errorf("with /info again it is\n%s", lines)
 	}
@@ -96,9 +108,9 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 
 // The engine's and the sweep's own figures.
 func TestHostFigures(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	r.on("/containers/fx-two/stats", answerWith(500, "{}"))
-	c, _ := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	r.On("/containers/fx-two/stats", harness.AnswerWith(500, "{}"))
+	c, _ := collecting(t, r.URL, 10*time.Second)
 	c.containers.rules = renaming(regexp.MustCompile(`^fx-(paused|host)$`), "same")
 	result := c.sweep(t.Context())
 	if result.running != 6 {
@@ -120,8 +132,8 @@ func TestHostFigures(t *testing.T) {
 // Two containers with one path would overwrite each other: the one that has had it keeps it, and
 // when it goes, the other takes over.
 func TestCollisions(t *testing.T) {
-	log := &logged{}
-	c := &containers{log: log.logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
+	log := &harness.Log{}
+	c := &containers{log: log.Logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
 	listed := func(name string, created int64) docker.APIContainers {
 		return docker.APIContainers{ID: name, Names: []string{"/" + name}, Created: created}
 	}
@@ -148,7 +160,7 @@ func TestCollisions(t *testing.T) {
 		if got := strings.Join(names, " "); got != test.asked || collisions != test.collisions {
 			t.Errorf("%s: asked %s, %d collisions", test.why, got, collisions)
 		}
-		if got := log.take(); got != test.log {
+		if got := log.Take(); got != test.log {
 			t.Errorf("%s: logged %s", test.why, got)
 		}
 	}
@@ -156,9 +168,9 @@ func TestCollisions(t *testing.T) {
 
 // An image's name that another image has by now is looked up, once, and where a rule wants it.
 func TestImages(t *testing.T) {
-	r := newReplay(t, "cgroup2")
+	r := harness.NewReplay(t, "cgroup2")
 	var list []map[string]any
-	if err := json.Unmarshal(r.read(t, "containers.json"), &list); err != nil {
+	if err := json.Unmarshal(r.Read("containers.json"), &list); err != nil {
 		t.Fatal(err)
 	}
 	for _, listed := range list {
@@ -167,10 +179,10 @@ func TestImages(t *testing.T) {
 		}
 	}
 	body, _ := json.Marshal(list)
-	r.on("/containers/json", answerWith(200, string(body)))
-	r.on("/containers/fx-two/json", answerWith(500, `{"message":"busy"}`))
+	r.On("/containers/json", harness.AnswerWith(200, string(body)))
+	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{"message":"busy"}`))
 	inspected := func() (names []string) {
-		for _, question := range r.questions() {
+		for _, question := range r.Questions() {
 			if name, ok := strings.CutSuffix(question, "/json"); ok && name != "/containers" {
 				names = append(names, strings.TrimPrefix(name, "/containers/"))
 			}
@@ -178,24 +190,24 @@ func TestImages(t *testing.T) {
 		return names
 	}
 
-	c, log := r.collector(t, 10*time.Second)
+	c, log := collecting(t, r.URL, 10*time.Second)
 	c.containers.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"","category":"other"}]`)
 	first := c.sweep(t.Context())
 	if got := fmt.Sprint(first.failed, " ", c.containers.holders["fx-idle"].category, c.containers.holders["fx-two"]); got != "1 bb<nil>" {
 		t.Errorf("got %s", got)
 	}
-	if got, want := log.take(), `level=ERROR msg="container cannot be read" container=fx-two error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
+	if got, want := log.Take(), `level=ERROR msg="container cannot be read" container=fx-two error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
 		t.Errorf("logged %s", got)
 	}
 	if lines := asLines(first.metrics); !strings.Contains(lines, "vmtest.containers.bb 5 ") || !strings.Contains(lines, "vmtest.containers.other 0 ") || !strings.Contains(lines, "vmtest.containers.total 6 ") {
 		t.Errorf("figures\n%s", lines)
 	}
 	c.sweep(t.Context())
-	if got := log.take(); strings.Contains(got, "fx-two") {
+	if got := log.Take(); strings.Contains(got, "fx-two") {
 		t.Errorf("logged again: %s", got)
 	}
 	inspected()
-	r.on("/containers/fx-two/json", nil)
+	r.On("/containers/fx-two/json", nil)
 	for range 2 {
 		if got := c.sweep(t.Context()); got.failed != 0 || c.containers.holders["fx-two"].category != "bb" {
 			t.Errorf("%d failed, %+v", got.failed, c.containers.holders["fx-two"])
@@ -205,13 +217,13 @@ func TestImages(t *testing.T) {
 	if got := slices.DeleteFunc(inspected(), func(name string) bool { return name != "fx-two" && name != "fx-idle" }); !slices.Equal(got, []string{"fx-two", "fx-two"}) {
 		t.Errorf("inspected %q", got)
 	}
-	if got := log.take(); strings.Count(got, `level=INFO msg="container can be read again" container=fx-two`) != 1 {
+	if got := log.Take(); strings.Count(got, `level=INFO msg="container can be read again" container=fx-two`) != 1 {
 		t.Errorf("logged %s", got)
 	}
 
 	// Nobody looks at it.
-	c, _ = r.collector(t, 10*time.Second)
-	r.on("/containers/fx-two/json", answerWith(500, `{}`))
+	c, _ = collecting(t, r.URL, 10*time.Second)
+	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{}`))
 	list0, _, err := c.list(t.Context())
 	if failed := c.containers.findImages(t.Context(), c.engine, list0); err != nil || len(failed) != 0 || len(inspected()) != 0 {
 		t.Errorf("%v, %v", failed, err)
@@ -220,7 +232,7 @@ func TestImages(t *testing.T) {
 
 // A host that comes to be known by another name is so in ${host}.
 func TestHostInPaths(t *testing.T) {
-	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), (&logged{}).logger())
+	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), (&harness.Log{}).Logger())
 	list := []docker.APIContainers{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
 		c.engineName = host
@@ -237,32 +249,32 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		log    string
 		failed int
 	}{
-		"hangs":           {hang, `level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
-		"is not JSON":     {answerWith(200, `<html>`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '<' looking for beginning of value"`, 1},
-		"is cut":          {answerWith(200, `{"read":"2026-11-23T`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: unexpected end of JSON input"`, 1},
-		"has a wrong one": {answerWith(200, `{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number -1 for memory_stats.usage"`, 1},
-		"is huge":         {answerWith(200, strings.Repeat(" ", 50<<20)), `level=ERROR msg="container cannot be read" container=fx-two error="the answer has over 2097152 bytes"`, 1},
-		"is deep":         {answerWith(200, `{"read":`+strings.Repeat("[", 20_000)), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '[' exceeded max depth"`, 1},
-		"has a huge one":  {answerWith(200, `{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
-		"has no time":     {answerWith(200, `{"message":"oops"}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no time of reading"`, 1},
-		"is an array":     {answerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
+		"hangs":           {harness.Hang, `level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
+		"is not JSON":     {harness.AnswerWith(200, `<html>`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '<' looking for beginning of value"`, 1},
+		"is cut":          {harness.AnswerWith(200, `{"read":"2026-11-23T`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: unexpected end of JSON input"`, 1},
+		"has a wrong one": {harness.AnswerWith(200, `{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number -1 for memory_stats.usage"`, 1},
+		"is huge":         {harness.AnswerWith(200, strings.Repeat(" ", 50<<20)), `level=ERROR msg="container cannot be read" container=fx-two error="the answer has over 2097152 bytes"`, 1},
+		"is deep":         {harness.AnswerWith(200, `{"read":`+strings.Repeat("[", 20_000)), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '[' exceeded max depth"`, 1},
+		"has a huge one":  {harness.AnswerWith(200, `{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
+		"has no time":     {harness.AnswerWith(200, `{"message":"oops"}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no time of reading"`, 1},
+		"is an array":     {harness.AnswerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
 		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
-		"fails":           {answerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
-		"has time 0":      {answerWith(200, `{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`, 1},
-		"stopped":         {answerWith(200, `{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"stopped, Podman": {answerWith(200, ``), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"was removed":     {answerWith(404, `{}`), `level=INFO msg="container is gone" container=fx-two reason="No such container: dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
+		"fails":           {harness.AnswerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
+		"has time 0":      {harness.AnswerWith(200, `{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`, 1},
+		"stopped":         {harness.AnswerWith(200, `{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"stopped, Podman": {harness.AnswerWith(200, ``), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"was removed":     {harness.AnswerWith(404, `{}`), `level=INFO msg="container is gone" container=fx-two reason="No such container: dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
 	} {
 		t.Run(why, func(t *testing.T) {
 			t.Parallel()
-			r := newReplay(t, "cgroup2")
-			r.on("/containers/fx-web/stats", r.serve("stats-one-shot-idle.json"))
-			r.on("/containers/fx-web/json", r.serve("inspect-idle.json"))
-			c, log := r.collector(t, 2*time.Second)
+			r := harness.NewReplay(t, "cgroup2")
+			r.On("/containers/fx-web/stats", r.Serve("stats-one-shot-idle.json"))
+			r.On("/containers/fx-web/json", r.Serve("inspect-idle.json"))
+			c, log := collecting(t, r.URL, 2*time.Second)
 			well := c.sweep(t.Context())
-			log.take()
+			log.Take()
 
-			r.on("/containers/fx-two/stats", test.answer)
+			r.On("/containers/fx-two/stats", test.answer)
 			for range 2 {
 				result := c.sweep(t.Context())
 				if result.err != nil || result.failed != test.failed || result.running != 6 {
@@ -278,15 +290,15 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 					t.Errorf("it still has metrics:\n%s", lines)
 				}
 			}
-			if got := strings.TrimSpace(log.take()); got != test.log {
+			if got := strings.TrimSpace(log.Take()); got != test.log {
 				t.Errorf("two bad sweeps logged\n%s\nwant\n%s", got, test.log)
 			}
 
-			r.on("/containers/fx-two/stats", nil)
+			r.On("/containers/fx-two/stats", nil)
 			if lines := asLines(c.sweep(t.Context()).metrics); strings.Count(lines, "fx-two.") < strings.Count(asLines(well.metrics), "fx-two.") {
 				t.Errorf("well again, there is\n%s", lines)
 			}
-			got := log.take()
+			got := log.Take()
 			if test.failed > 0 && got != "level=INFO msg=\"container can be read again\" container=fx-two\n" || test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
 				t.Errorf("well again, it logged %s", got)
 			}
@@ -296,38 +308,34 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 
 // Engines with one-shot answer 500 for a container that has just stopped.
 func TestStoppedIsNotAFailure(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	r.on("/containers/fx-two/stats", answerWith(500, `{"message":"cgroups: cgroup deleted"}`))
-	r.on("/containers/fx-two/json", r.serve("inspect-exited.json"))
-	c, log := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	r.On("/containers/fx-two/stats", harness.AnswerWith(500, `{"message":"cgroups: cgroup deleted"}`))
+	r.On("/containers/fx-two/json", r.Serve("inspect-exited.json"))
+	c, log := collecting(t, r.URL, 10*time.Second)
 	if result := c.sweep(t.Context()); result.failed != 0 {
 		t.Errorf("%d failed", result.failed)
 	}
-	if got := log.take(); strings.Contains(got, "ERROR") || !strings.Contains(got, `container=fx-two reason="it stopped`) {
+	if got := log.Take(); strings.Contains(got, "ERROR") || !strings.Contains(got, `container=fx-two reason="it stopped`) {
 		t.Errorf("logged %s", got)
 	}
 }
 
 func TestEngineThatComesAndGoes(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	c, log := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	c, log := collecting(t, r.URL, 10*time.Second)
 	hangUp := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
 	down := func() {
 		for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/fx-two/stats", "/containers/fx-idle/stats"} {
-			r.on(path, hangUp)
+			r.On(path, hangUp)
 		}
 	}
-	up := func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		clear(r.override)
-	}
+	up := r.Well
 	expect := func(when string, ok bool, lines ...string) {
 		t.Helper()
 		if result := c.sweep(t.Context()); (result.err == nil) != ok {
 			t.Errorf("%s: error %v", when, result.err)
 		}
-		got := log.take()
+		got := log.Take()
 		if strings.Count(got, "\n") != len(lines) {
 			t.Errorf("%s: logged\n%s", when, got)
 		}
@@ -342,41 +350,36 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 	expect("down at the start", false, fails)
 	expect("still down", false)
 	up()
-	r.is("1.40")
+	r.Is("1.40")
 	expect("up", true, answers+` engine="Docker/20.10.24 (linux)" api=1.40 one_shot=false`, "container is gone") // fx-web, see replay
 	expect("still up", true)
-	r.is("1.43") // upgraded between two polls
+	r.Is("1.43") // upgraded between two polls
 	expect("upgraded, not yet noticed", true)
 	expect("upgraded", true, answers+` engine="Docker/20.10.24 (linux)" api=1.43 one_shot=true`)
 	down()
 	expect("down again", false, fails)
 	up()
-	r.is("1.41") // it was upgraded
+	r.Is("1.41") // it was upgraded
 	expect("up again", true, answers+` engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true`)
 
 	// Down in the middle of a sweep: that is the engine's trouble, no container's. What was read counts.
 	down()
-	r.on("/containers/json", nil)
+	r.On("/containers/json", nil)
 	if result := c.sweep(t.Context()); result.err == nil || !strings.Contains(asLines(result.metrics), "fx-busy.cpu.total") {
 		t.Errorf("down in the middle: %v", result.err)
 	}
-	if got := log.take(); got != fails+"\n" {
+	if got := log.Take(); got != fails+"\n" {
 		t.Errorf("down in the middle: logged\n%s", got)
 	}
 	up()
 	expect("up once more", true, answers)
 }
 
-// serve answers with a recorded file.
-func (r *replay) serve(file string) http.HandlerFunc {
-	return func(w http.ResponseWriter, req *http.Request) { http.ServeFile(w, req, filepath.Join(r.dir, file)) }
-}
-
 func TestEndingIsNobodysFault(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	c, log := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	c, log := collecting(t, r.URL, 10*time.Second)
 	ctx, cancel := context.WithCancel(t.Context())
-	r.on("/containers/fx-two/stats", func(_ http.ResponseWriter, req *http.Request) {
+	r.On("/containers/fx-two/stats", func(_ http.ResponseWriter, req *http.Request) {
 		cancel()
 		<-req.Context().Done()
 	})
@@ -387,7 +390,7 @@ func TestEndingIsNobodysFault(t *testing.T) {
 	if lines := asLines(result.metrics); strings.Contains(lines, "vmtest.") {
 		t.Errorf("half a sweep says of the host\n%s", lines)
 	}
-	if got := log.take(); strings.Contains(got, "ERROR") {
+	if got := log.Take(); strings.Contains(got, "ERROR") {
 		t.Errorf("logged\n%s", got)
 	}
 }
@@ -395,42 +398,42 @@ func TestEndingIsNobodysFault(t *testing.T) {
 // All are asked at once: engines that answer at their next tick would take a tick for each
 // group that is asked together.
 func TestAllAreAskedSideBySide(t *testing.T) {
-	r := newReplay(t, "cgroup2")
+	r := harness.NewReplay(t, "cgroup2")
 	const containers = 300
 	var list []string
 	var together sync.WaitGroup
 	together.Add(containers)
-	serve := r.serve("stats-one-shot-idle.json")
+	serve := r.Serve("stats-one-shot-idle.json")
 	for i := range containers {
 		id, name := fmt.Sprintf("%064x", i), fmt.Sprintf("web%d", i)
-		r.name[id] = name
+		r.Add(id, name)
 		list = append(list, fmt.Sprintf(`{"Id":%q,"Names":["/%s"]}`, id, name))
-		r.on("/containers/"+name+"/stats", func(w http.ResponseWriter, req *http.Request) {
+		r.On("/containers/"+name+"/stats", func(w http.ResponseWriter, req *http.Request) {
 			together.Done()
 			together.Wait() // none is answered before all have been asked
 			serve(w, req)
 		})
-		r.on("/containers/"+name+"/json", r.serve("inspect-idle.json"))
+		r.On("/containers/"+name+"/json", r.Serve("inspect-idle.json"))
 	}
-	r.on("/containers/json", answerWith(200, "["+strings.Join(list, ",")+"]"))
-	c, log := r.collector(t, time.Minute)
+	r.On("/containers/json", harness.AnswerWith(200, "["+strings.Join(list, ",")+"]"))
+	c, log := collecting(t, r.URL, time.Minute)
 	if result := c.sweep(t.Context()); result.failed != 0 || result.running != containers {
-		t.Errorf("%d of %d failed: %s", result.failed, result.running, log.take())
+		t.Errorf("%d of %d failed: %s", result.failed, result.running, log.Take())
 	}
 }
 
 // An engine's clock can be ahead of ours.
 func TestUptimeIsNeverNegative(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	r.on("/containers/fx-two/json", answerWith(200, `{"State":{"Running":true,"StartedAt":"2300-01-01T00:00:00Z"}}`))
-	c, _ := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	r.On("/containers/fx-two/json", harness.AnswerWith(200, `{"State":{"Running":true,"StartedAt":"2300-01-01T00:00:00Z"}}`))
+	c, _ := collecting(t, r.URL, 10*time.Second)
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nfx-two.uptime 0 ") {
 		t.Errorf("got\n%s", lines)
 	}
 }
 
 func TestAnswersTellWhoseTheyAre(t *testing.T) {
-	r := newReplay(t, "cgroup2")
+	r := harness.NewReplay(t, "cgroup2")
 	answer, err := os.ReadFile("testdata/engine/windows/stats-web.json")
 	if err != nil {
 		t.Fatal(err)
@@ -439,11 +442,11 @@ func TestAnswersTellWhoseTheyAre(t *testing.T) {
 		"windows": "fx-two.cpu.total 1421875000 ", // of ticks of 100 ns
 		"linux":   "fx-two.cpu.total 14218750 ",
 	} {
-		r.on("/containers/fx-two/stats", func(w http.ResponseWriter, _ *http.Request) {
+		r.On("/containers/fx-two/stats", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Ostype", header)
 			w.Write(answer)
 		})
-		c, _ := r.collector(t, 10*time.Second)
+		c, _ := collecting(t, r.URL, 10*time.Second)
 		if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains("\n"+lines, "\n"+want) {
 			t.Errorf("with Ostype %s:\n%s", header, lines)
 		}
@@ -479,8 +482,8 @@ func TestUpAtLeast(t *testing.T) {
 // Inspect is asked of containers that may have been started since the last time, and only of
 // those; the uptime is right all the same.
 func TestInspectOnlyAfterAStart(t *testing.T) {
-	r := newReplay(t, "cgroup2")
-	c, _ := r.collector(t, 10*time.Second)
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, 10*time.Second)
 	start := time.Now()
 	status := "Up Less than a second"
 	inspected := func(at time.Time) bool {
@@ -516,14 +519,14 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	}
 
 	// And in a whole sweep: the recorded containers are up for 40 s.
-	r.questions()
+	r.Questions()
 	c.sweep(t.Context())
-	if asked := strings.Join(r.questions(), " "); strings.Count(asked, "/json ") != 1+5 {
+	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 1+5 {
 		t.Errorf("the first sweep asked %s", asked) // the list and an inspect each
 	}
 	lines := asLines(c.sweep(t.Context()).metrics)
 	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats /containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats /containers/json /info"
-	if asked := strings.ReplaceAll(strings.Join(r.questions(), " "), "?stream=false&one-shot=true", ""); asked != want {
+	if asked := strings.ReplaceAll(strings.Join(r.Questions(), " "), "?stream=false&one-shot=true", ""); asked != want {
 		t.Errorf("the second sweep asked %s, want %s", asked, want)
 	}
 	if strings.Count(lines, ".uptime ") != 5 {
@@ -550,9 +553,133 @@ func TestContainerName(t *testing.T) {
 		}
 	}
 	// Entries without one, or there twice, are left out: they could not be told apart.
-	c := &containers{log: (&logged{}).logger()}
+	c := &containers{log: (&harness.Log{}).Logger()}
 	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
 	if now := c.remember(list, nil, "h", time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" || now.collisions != 0 {
 		t.Errorf("remembered %v, %d collisions", now.asked, now.collisions)
 	}
+}
+
+// BenchmarkSweep is a whole sweep, from the list to the accepted POST, of an engine that answers at once. The engine and
+// the stand-in are in the same process: see BenchmarkAgainstTheFloor for what is ours. Its use is the profile.
+func BenchmarkSweep(b *testing.B) {
+	const n = 1000
+	e, err := newEngine(harness.Crowd(b, n, 0), 10*time.Second)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s := harness.NewStandIn(b)
+	s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
+	target := mustBackstop(b, s.URL+"/publish/docker")
+	log := slog.New(slog.NewTextHandler(io.Discard, nil))
+	c := newCollector(e, nil, log)
+	q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, "")
+	c.sweep(b.Context()) // which asks for more
+	b.ReportAllocs()
+	for b.Loop() {
+		result := c.sweep(b.Context())
+		q.put(append(result.metrics, q.own("h", time.Now())...))
+		for q.waiting() > 0 {
+			if err := q.try(b); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+}
+
+// calls is an engine as flow sees it.
+type calls struct {
+	takes func(i int) time.Duration
+
+	mu             sync.Mutex
+	inFlight, most int
+	done           map[int]int // how often each was called
+}
+
+func (c *calls) do(i int) {
+	c.mu.Lock()
+	c.inFlight++
+	c.most = max(c.most, c.inFlight)
+	c.mu.Unlock()
+	time.Sleep(c.takes(i))
+	c.mu.Lock()
+	c.inFlight--
+	c.done[i]++
+	c.mu.Unlock()
+}
+
+func TestFlow(t *testing.T) {
+	atOnce := func(int) time.Duration { return 3 * time.Millisecond }
+	// As an engine with a collector that runs every second; a sweep begins at some time between two of its ticks.
+	atTick := func(int) time.Duration { return time.Until(time.Now().Truncate(time.Second).Add(time.Second)) }
+	oneHangs := func(i int) time.Duration {
+		if i == 3 {
+			return 10 * time.Second
+		}
+		return 3 * time.Millisecond
+	}
+	for _, test := range []struct {
+		why        string
+		takes      func(int) time.Duration
+		limit, n   int
+		begin      time.Duration // after a tick
+		most       int           // in flight, in the second sweep
+		wall       time.Duration // of the second sweep, at most
+		firstSweep time.Duration // at most
+	}{
+		{"at once", atOnce, 0, 1000, 0, fewInFlight, 200 * time.Millisecond, 200 * time.Millisecond},
+		{"at its tick", atTick, 0, 300, 300 * time.Millisecond, 300, time.Second, time.Second},
+		{"at its tick, which is near", atTick, 0, 300, 970 * time.Millisecond, 300, time.Second, 2 * time.Second},
+		{"at its tick, many", atTick, 0, 1000, 300 * time.Millisecond, maxInFlight, 2 * time.Second, 2 * time.Second},
+		{"one hangs", oneHangs, 0, 1000, 0, fewInFlight, 10 * time.Second, 10 * time.Second},
+		{"as it is told", atTick, 50, 100, 300 * time.Millisecond, 50, 2 * time.Second, 2 * time.Second},
+		{"one at a time", atOnce, 1, 10, 0, 1, 30 * time.Millisecond, 30 * time.Millisecond},
+		{"none", atOnce, 0, 0, 0, 0, 0, 0},
+		{"a few", atTick, 0, 3, 300 * time.Millisecond, 3, time.Second, time.Second},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			f := flow{limit: test.limit}
+			for sweep, wall := range []time.Duration{test.firstSweep, test.wall} {
+				time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second + test.begin)))
+				c := &calls{takes: test.takes, done: map[int]int{}}
+				start := time.Now()
+				f.run(test.n, c.do)
+				if took := time.Since(start); took > wall {
+					t.Errorf("%s: sweep %d took %s", test.why, sweep+1, took)
+				}
+				if len(c.done) != test.n || c.inFlight != 0 {
+					t.Errorf("%s: %d of %d done, %d in flight", test.why, len(c.done), test.n, c.inFlight)
+				}
+				for i, n := range c.done {
+					if n != 1 {
+						t.Errorf("%s: %d was called %d times", test.why, i, n)
+					}
+				}
+				if sweep == 1 && c.most != test.most {
+					t.Errorf("%s: %d in flight", test.why, c.most)
+				}
+			}
+		})
+	}
+}
+
+// An engine that was upgraded, and answers at once now, is not asked by crowds for ever; and one whose tick comes right after the beginning
+// of each sweep is not taken for such a one.
+func TestFlowComesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var f flow
+		takes := 500 * time.Millisecond
+		for sweep := range patience + 3 {
+			c := &calls{takes: func(int) time.Duration { return takes }, done: map[int]int{}}
+			f.run(100, c.do)
+			want := 100
+			if sweep > patience {
+				want = fewInFlight
+			}
+			if c.most != want {
+				t.Errorf("sweep %d: %d in flight, want %d", sweep, c.most, want)
+			}
+			takes = time.Millisecond
+		}
+	})
 }

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -22,6 +21,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // points returns n metrics whose values tell them apart.
@@ -103,28 +104,28 @@ type rig struct {
 
 // newRig returns a rig that holds up to limit bytes, in memory or, where dir is not "", in a spool
 // there.
-func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *logged) {
+func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harness.Log) {
 	t.Helper()
-	log := &logged{}
-	q := newQueue(limit, log.logger())
+	log := &harness.Log{}
+	q := newQueue(limit, log.Logger())
 	if dir != "" {
-		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+		if err := q.useSpool(&spool{dir: dir, log: log.Logger()}); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(q.spool.close)
 	}
-	return &rig{q, newDelivery(to, q, log.logger())}, log
+	return &rig{q, newDelivery(to, q, log.Logger())}, log
 }
 
 // queue returns a rig for r that holds up to 1 MiB in memory, and its log.
 func (r *receiver) queue(
 	t testing.TB,
-) (*rig, *logged) {
+) (*rig, *harness.Log) {
 	return newRig(t, r.destination(), 1<<20, "")
 }
 
 // spooled returns a rig for r with its spool in dir, and its log.
-func (r *receiver) spooled(t testing.TB, dir string) (*rig, *logged) {
+func (r *receiver) spooled(t testing.TB, dir string) (*rig, *harness.Log) {
 	return newRig(t, r.destination(), 1<<20, dir)
 }
 
@@ -247,28 +248,28 @@ func TestEverythingArrives(t *testing.T) {
 		{"none", first(0), nil, false},
 		{"reset before the body was read", first(5), resets(false), true},
 		{"reset after the body was read", first(5), resets(true), true},
-		{"500 now and then", everyThird, answerWith(500, "<h1>Errno::ECONNREFUSED</h1>"), false},
+		{"500 now and then", everyThird, harness.AnswerWith(500, "<h1>Errno::ECONNREFUSED</h1>"), false},
 		{"503 with Retry-After", first(2), func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "1")
 			w.WriteHeader(503)
 		}, false},
-		{"429", everyThird, answerWith(429, ""), false},
-		{"408", everyThird, answerWith(408, ""), false},
-		{"401, then mended", first(3), answerWith(401, "Not authorized\n"), false},
-		{"404, then mended", first(3), answerWith(404, "unknown prefix"), false},
-		{"302, then mended", first(3), answerWith(302, ""), false},
-		{"400 to everything, then mended", first(200), answerWith(400, "<html>"), false},
-		{"hangs", first(2), hang, true},
+		{"429", everyThird, harness.AnswerWith(429, ""), false},
+		{"408", everyThird, harness.AnswerWith(408, ""), false},
+		{"401, then mended", first(3), harness.AnswerWith(401, "Not authorized\n"), false},
+		{"404, then mended", first(3), harness.AnswerWith(404, "unknown prefix"), false},
+		{"302, then mended", first(3), harness.AnswerWith(302, ""), false},
+		{"400 to everything, then mended", first(200), harness.AnswerWith(400, "<html>"), false},
+		{"hangs", first(2), harness.Hang, true},
 		{"one byte a second", first(2), drips, true},
 	}
 	for _, where := range []string{"memory", "spool"} {
 		for _, f := range faults {
 			t.Run(f.why+", "+where, func(t *testing.T) {
 				t.Parallel()
-				s := newStandIn(t)
-				s.set("", sometimes(f.when, f.do, http.HandlerFunc(s.answer)))
+				s := harness.NewStandIn(t)
+				s.Set("", sometimes(f.when, f.do, http.HandlerFunc(s.Answer)))
 				q, b, log := deliveringTo(t, s, where == "spool")
-				b.timeout, s.patient = 2*time.Second, f.overlaps
+				b.timeout, s.Patient = 2*time.Second, f.overlaps
 				ctx, cancel := context.WithCancel(t.Context())
 				done := make(chan error, 1)
 				go func() { done <- q.deliver(ctx) }()
@@ -277,15 +278,15 @@ func TestEverythingArrives(t *testing.T) {
 					q.put(sampled(i, size))
 					want += asLines(sampled(i, size))
 				}
-				if err := s.await(".", strings.Count(want, "\n"), time.Minute); err != nil {
-					t.Fatalf("%v\n%s", err, log.take())
+				if err := s.Await(".", strings.Count(want, "\n"), time.Minute); err != nil {
+					t.Fatalf("%v\n%s", err, log.Take())
 				}
 				q.close()
 				if err := <-done; err != nil {
 					t.Error(err)
 				}
 				cancel()
-				if got := s.lines(); got != sortedLines(want) {
+				if got := s.Lines(); got != sortedLines(want) {
 					t.Errorf("what arrived is not what was sampled")
 				}
 				if held := asLines(q.own("h", time.Unix(1, 0))); !strings.Contains(held, ".spooled 0 ") ||
@@ -304,7 +305,7 @@ func TestEverythingArrives(t *testing.T) {
 
 // deliveringTo returns a rig for the stand-in, in memory or with a spool, that does not wait for
 // long, and its log.
-func deliveringTo(t *testing.T, s *standIn, spooled bool) (*rig, *backstop, *logged) {
+func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backstop, *harness.Log) {
 	t.Helper()
 	b := mustBackstop(t, s.URL+"/publish/docker")
 	b.leadPause = time.Millisecond
@@ -325,8 +326,8 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 	}
 	address := listener.Addr().String()
 	listener.Close()
-	s := unstartedStandIn(t.Errorf)
-	q, b, log := deliveringTo(t, newStandIn(t), true)
+	s := harness.UnstartedStandIn(t.Errorf)
+	q, b, log := deliveringTo(t, harness.NewStandIn(t), true)
 	b.url.Host = address
 	done := make(chan error, 1)
 	go func() { done <- q.deliver(t.Context()) }()
@@ -335,21 +336,21 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 		q.put(sampled(i, 20))
 		want += asLines(sampled(i, 20))
 	}
-	awaitText(t, log.String, "connection refused", 1)
+	harness.AwaitText(t, log.String, "connection refused", 1)
 	if listener, err = net.Listen("tcp", address); err != nil {
 		t.Skipf("somebody else has taken the port: %v", err)
 	}
 	server := &http.Server{Handler: s}
 	go server.Serve(listener)
 	defer server.Close()
-	if err := s.await(".", strings.Count(want, "\n"), time.Minute); err != nil {
+	if err := s.Await(".", strings.Count(want, "\n"), time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	q.close()
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	if s.lines() != sortedLines(want) {
+	if s.Lines() != sortedLines(want) {
 		t.Error("what arrived is not what was sampled")
 	}
 }
@@ -357,8 +358,8 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 // One item in 5,000 is bad: it alone is missing.
 func TestEverythingArrivesButTheBad(t *testing.T) {
 	for _, where := range []string{"memory", "spool"} {
-		s := newStandIn(t)
-		s.bad = "web.m1234 1795409680"
+		s := harness.NewStandIn(t)
+		s.Bad = "web.m1234 1795409680"
 		q, _, log := deliveringTo(t, s, where == "spool")
 		q.put(sampled(0, maxBatch))
 		q.put(sampled(1, 20))
@@ -372,10 +373,10 @@ func TestEverythingArrivesButTheBad(t *testing.T) {
 			"",
 			1,
 		)
-		if s.lines() != sortedLines(want) {
+		if s.Lines() != sortedLines(want) {
 			t.Errorf("%s: what arrived is not what was sampled", where)
 		}
-		if got := log.take(); !strings.Contains(got, `metrics=1 such_as="[{\"metric\":\"web.m1234\",`) {
+		if got := log.Take(); !strings.Contains(got, `metrics=1 such_as="[{\"metric\":\"web.m1234\",`) {
 			t.Errorf("%s: logged %s", where, got)
 		}
 	}
@@ -383,13 +384,13 @@ func TestEverythingArrivesButTheBad(t *testing.T) {
 
 // Too large for what stands before Backstop, in bytes.
 func TestEverythingArrivesInSmallRequests(t *testing.T) {
-	s := newStandIn(t)
-	s.set("", func(w http.ResponseWriter, r *http.Request) {
+	s := harness.NewStandIn(t)
+	s.Set("", func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength > 64<<10 {
 			w.WriteHeader(413) // and the body is left unread
 			return
 		}
-		s.answer(w, r)
+		s.Answer(w, r)
 	})
 	q, _, _ := deliveringTo(t, s, true)
 	want := ""
@@ -401,7 +402,7 @@ func TestEverythingArrivesInSmallRequests(t *testing.T) {
 	if err := q.deliver(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if s.lines() != sortedLines(want) {
+	if s.Lines() != sortedLines(want) {
 		t.Error("what arrived is not what was sampled")
 	}
 }
@@ -416,14 +417,14 @@ type ticking struct {
 }
 
 // stats serves recorded stats of a container with the time of the tick.
-func (c *ticking) stats(r *replay, container, file string) http.HandlerFunc {
+func (c *ticking) stats(r *harness.Replay, container, file string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		c.mu.Lock()
 		c.ticks++
 		at := time.Unix(1795409680+c.ticks*60, 0).UTC()
 		c.served = append(c.served, fmt.Sprintf("%s.pids.current %d", container, at.Unix()))
 		c.mu.Unlock()
-		body, _ := os.ReadFile(filepath.Join(r.dir, file))
+		body := r.Read(file)
 		w.Write(
 			regexp.MustCompile(`"read":"[^"]*"`).
 				ReplaceAll(body, []byte(`"read":"`+at.Format(time.RFC3339)+`"`)),
@@ -442,10 +443,10 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	engine, clock := newReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
-	engine.on("/containers/fx-idle/stats", clock.stats(engine, "fx-idle", "stats-one-shot-idle.json"))
-	s := newStandIn(t)
-	s.patient = true // it is killed in the middle of requests, too
+	engine, clock := harness.NewReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
+	engine.On("/containers/fx-idle/stats", clock.stats(engine, "fx-idle", "stats-one-shot-idle.json"))
+	s := harness.NewStandIn(t)
+	s.Patient = true // it is killed in the middle of requests, too
 	dir := filepath.Join(t.TempDir(), "spool")
 	var log bytes.Buffer
 	start := func() *exec.Cmd {
@@ -470,12 +471,12 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 		faults := []http.HandlerFunc{
 			nil,
 			nil,
-			answerWith(503, ""),
-			hang,
+			harness.AnswerWith(503, ""),
+			harness.Hang,
 			resets(true),
-			sometimes(func(n int) bool { return n%4 == 0 }, resets(true), http.HandlerFunc(s.answer)),
+			sometimes(func(n int) bool { return n%4 == 0 }, resets(true), http.HandlerFunc(s.Answer)),
 		}
-		s.set("", faults[random.IntN(len(faults))])
+		s.Set("", faults[random.IntN(len(faults))])
 		daemon := start()
 		select {
 		case <-clock.asked:
@@ -504,27 +505,25 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 		t.Errorf("only %d sweeps", len(sure))
 	}
 
-	s.set("", nil)
+	s.Set("", nil)
 	daemon := start()
 	next := fmt.Sprintf(`^fx-idle\.pids\.current %d$`, 1795409680+(clock.ticks+1)*60)
-	if err := s.await(next, 1, time.Minute); err != nil {
+	if err := s.Await(next, 1, time.Minute); err != nil {
 		t.Errorf("%v\n%s", err, &log)
 	}
 	daemon.Process.Signal(syscall.SIGTERM)
 	if err := daemon.Wait(); err != nil {
 		t.Error(err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	for point := range sure {
-		if _, ok := s.points[point]; !ok {
+		if _, ok := s.Points()[point]; !ok {
 			t.Errorf("%s is lost (seed %d)\n%s", point, seed, &log)
 		}
 	}
 	for _, point := range clock.served {
 		sure[point] = true
 	}
-	for point := range s.points {
+	for point := range s.Points() {
 		if strings.HasPrefix(point, "fx-idle.pids.current ") && !sure[point] && !perhaps[point] {
 			t.Errorf("%s was never sampled", point)
 		}
@@ -541,21 +540,7 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 }
 
 func sortedLines(text string) string {
-	return strings.Join(allOf(`(?m)^(.*\n)`, text), "")
-}
-
-// awaitText waits until what read returns, a log mostly, has text in it so many times.
-func awaitText(t *testing.T, read func() string, text string, times int) {
-	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
-		all := read()
-		if strings.Count(all, text) >= times {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not %d times %s in\n%s", times, text, all)
-		}
-	}
+	return strings.Join(harness.AllOf(`(?m)^(.*\n)`, text), "")
 }
 
 func TestQueueDeliversInBatches(t *testing.T) {
@@ -572,7 +557,7 @@ func TestQueueDeliversInBatches(t *testing.T) {
 	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
 		t.Errorf("requests of %s", got)
 	}
-	if got := log.take(); got != "" {
+	if got := log.Take(); got != "" {
 		t.Errorf("logged %s", got)
 	}
 }
@@ -618,7 +603,7 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
 $`,
 		)
-		if got := log.take(); !want.MatchString(got) {
+		if got := log.Take(); !want.MatchString(got) {
 			t.Errorf("logged\n%swant\n%s", got, want)
 		}
 	})
@@ -695,7 +680,7 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 		q.bound()
 		q.tellLoss(true)
 		q.mu.Unlock()
-		if lines, want := log.take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
+		if lines, want := log.Take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
 			lines,
 			want,
 		) {
@@ -743,7 +728,7 @@ func TestQueueTellsAllThatWasDropped(t *testing.T) {
 			q.close()
 			<-done
 			line := regexp.MustCompile(`the oldest are given up" metrics=(\d+) from=(\S+) until=(\S+)`)
-			lines := line.FindAllStringSubmatch(log.take(), -1)
+			lines := line.FindAllStringSubmatch(log.Take(), -1)
 			if len(lines) != 2 {
 				t.Fatalf("logged %q", lines)
 			}
@@ -792,7 +777,7 @@ func TestQueuePace(t *testing.T) {
 			if len(r.at) != 2 || r.at[1] < test.least || r.at[1] > test.most {
 				t.Errorf("%v: tries at %v", test.err, r.at)
 			}
-			if got := log.take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
+			if got := log.Take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
 				t.Errorf("%v: logged %s", test.err, got)
 			}
 		})
@@ -824,7 +809,7 @@ func TestQueueIsQuiet(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		lines := log.take()
+		lines := log.Take()
 		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 ||
 			strings.Count(lines, "reachable again") != 1 {
 			t.Errorf("logged\n%s", lines)
@@ -851,7 +836,7 @@ func TestQueueIsBounded(t *testing.T) {
 			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
 		}
 		// Never more than one line a minute, and nothing untold.
-		if got := log.take(); strings.Count(got, "\n") != 1 ||
+		if got := log.Take(); strings.Count(got, "\n") != 1 ||
 			!strings.Contains(
 				got,
 				`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
@@ -869,7 +854,7 @@ func TestQueueIsBounded(t *testing.T) {
 			inUTC(points(1_000_100, 1)[0].time),
 			inUTC(points(1_000_000+100*(lost-1), 1)[0].time),
 		)
-		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
+		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
 			t.Errorf("logged %swant %s", got, want)
 		}
 		// The batch that is under way is not given up: it may just arrive.
@@ -933,7 +918,7 @@ func TestQueueEnds(t *testing.T) {
 		if r.tries != tries+1 || time.Since(closed) != 0 {
 			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
 		}
-		if got := log.take(); !strings.Contains(
+		if got := log.Take(); !strings.Contains(
 			got,
 			`level=ERROR msg="ending without having delivered everything" lost=15 error="connection refused"`,
 		) {
@@ -1006,7 +991,7 @@ func TestDeliveryFindsBadMetrics(t *testing.T) {
 		if body, err := q.spool.read(left[0]); err != nil || string(body) != string(encode(kept)) {
 			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
 		}
-		got := log.take()
+		got := log.Take()
 		if !strings.HasPrefix(
 			got,
 			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
@@ -1115,7 +1100,7 @@ func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
 			if got := fmt.Sprint(r.sizes); got != fmt.Sprint([]int{size}) {
 				t.Errorf("requests of %s", got)
 			}
-			if got := log.take(); strings.Count(got, "refuses metrics, keeping them") != 1 ||
+			if got := log.Take(); strings.Count(got, "refuses metrics, keeping them") != 1 ||
 				strings.Count(got, "\n") != 2 {
 				t.Errorf("logged %s", got)
 			}
@@ -1210,7 +1195,7 @@ func TestDeliveryFindsAnyLimit(t *testing.T) {
 		if most := 15 + 3*10_600/limit; r.tries > most {
 			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
 		}
-		if got := log.take(); got != "" {
+		if got := log.Take(); got != "" {
 			t.Errorf("logged %s", got)
 		}
 	}
@@ -1419,13 +1404,13 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 		"two of three": func(n int) bool { return n%3 != 0 },
 	} {
 		for phase := range 4 {
-			s := newStandIn(t)
-			s.set(
+			s := harness.NewStandIn(t)
+			s.Set(
 				"",
 				sometimes(
 					func(n int) bool { return broken(n + phase) },
-					answerWith(503, ""),
-					http.HandlerFunc(s.answer),
+					harness.AnswerWith(503, ""),
+					http.HandlerFunc(s.Answer),
 				),
 			)
 			q, b, log := deliveringTo(t, s, false)
@@ -1439,7 +1424,7 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 				}
 				want += asLines(sampled(i, 10))
 			}
-			if got := s.lines(); got != sortedLines(want) || log.take() != "" {
+			if got := s.Lines(); got != sortedLines(want) || log.Take() != "" {
 				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
 			}
 		}

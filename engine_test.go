@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 	docker "github.com/fsouza/go-dockerclient"
 )
 
@@ -168,11 +169,11 @@ func TestOneShotWhereTheEngineHasIt(t *testing.T) {
 		{"", "stream=false"},
 		{"new", "stream=false"},
 	} {
-		r := newReplay(t, "cgroup2")
-		r.is(test.api)
-		c, _ := r.collector(t, 10*time.Second)
+		r := harness.NewReplay(t, "cgroup2")
+		r.Is(test.api)
+		c, _ := collecting(t, r.URL, 10*time.Second)
 		c.sweep(t.Context())
-		asked := strings.Join(r.questions(), "\n")
+		asked := strings.Join(r.Questions(), "\n")
 		if !strings.Contains(asked, "/containers/fx-idle/stats?"+test.query+"\n") {
 			t.Errorf("API %q: asked %s", test.api, asked)
 		}
@@ -180,7 +181,7 @@ func TestOneShotWhereTheEngineHasIt(t *testing.T) {
 }
 
 func TestEngineErrorsAreOfTheirKind(t *testing.T) {
-	r := newReplay(t, "cgroup2")
+	r := harness.NewReplay(t, "cgroup2")
 	e, err := newEngine(r.URL, 500*time.Millisecond)
 	if err != nil {
 		t.Fatal(err)
@@ -192,11 +193,11 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 		want    string
 		connect bool
 	}{
-		{"hangs", hang, `^no answer within 500ms$`, false},
+		{"hangs", harness.Hang, `^no answer within 500ms$`, false},
 		{"hangs half-way", func(w http.ResponseWriter, r *http.Request) {
 			w.Write([]byte(`{"read":`))
 			w.(http.Flusher).Flush()
-			hang(w, r)
+			harness.Hang(w, r)
 		}, `^no answer within 500ms$`, false},
 		{"breaks off", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "1000")
@@ -209,12 +210,12 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 				}
 			}
 		}, `^the answer has over 2097152 bytes$`, false},
-		{"is removed", answerWith(404, `{"message":"No such container: x"}`), `^No such container: ` + id, false},
-		{"fails", answerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`, false},
-		{"fails without JSON", answerWith(502, "\n\n<html>\x1b[31m\n"), `^API error \(502\): <html>\[31m$`, false},
+		{"is removed", harness.AnswerWith(404, `{"message":"No such container: x"}`), `^No such container: ` + id, false},
+		{"fails", harness.AnswerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`, false},
+		{"fails without JSON", harness.AnswerWith(502, "\n\n<html>\x1b[31m\n"), `^API error \(502\): <html>\[31m$`, false},
 		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `EOF`, true},
 	} {
-		r.on("/containers/fx-idle/stats", test.answer)
+		r.On("/containers/fx-idle/stats", test.answer)
 		_, err := e.stats(t.Context(), id, new(bytes.Buffer))
 		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) || isConnectionError(err) != test.connect {
 			t.Errorf("a container that %s: %v", test.why, err)
@@ -226,11 +227,11 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 	if _, err := e.list(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("after the end: %v", err)
 	}
-	r.on("/containers/json", hang)
+	r.On("/containers/json", harness.Hang)
 	if _, err := e.list(t.Context()); err == nil || err.Error() != "no answer within 500ms" {
 		t.Errorf("a list that hangs: %v", err)
 	}
-	r.on("/containers/json", func(w http.ResponseWriter, r *http.Request) {
+	r.On("/containers/json", func(w http.ResponseWriter, r *http.Request) {
 		w.Write([]byte(`["`))
 		for {
 			if _, err := w.Write([]byte(strings.Repeat("x", 1<<20))); err != nil {

@@ -10,11 +10,8 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,125 +26,19 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 	"github.com/docker/go-units"
 	docker "github.com/fsouza/go-dockerclient"
 )
 
 // The tests in this file run on a real Docker engine, with real containers.
 
-// liveEngine is a real engine, and an image to make containers of.
-type liveEngine struct {
-	*docker.Client
-	address string
-	image   string
-}
-
-// usualEngine is the engine that the docker command uses.
-func usualEngine(t *testing.T) *liveEngine {
+// liveCollector returns a collector on e that names its containers as the test does, and its log.
+func liveCollector(t *testing.T, e *harness.Engine) (*collector, *harness.Log) {
 	t.Helper()
-	address := os.Getenv("DOCKER_HOST")
-	if address == "" {
-		address = defaultDocker
-	}
-	return connect(t, address)
-}
-
-func connect(t testing.TB, address string) *liveEngine {
-	t.Helper()
-	client, err := docker.NewClientFromEnv()
-	if address != os.Getenv("DOCKER_HOST") {
-		client, err = docker.NewClient(address)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := client.Ping(); err != nil {
-		noEngine(t, "no Docker engine at %s: %v", address, err)
-	}
-	e := &liveEngine{client, address, fmt.Sprintf("docker-stats-to-backstop-test:%s-%d", strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), os.Getpid())}
-	root, err := os.Open(busyboxTar(t, t.TempDir()))
-	must(t, err)
-	defer root.Close()
-	repository, tag, _ := strings.Cut(e.image, ":")
-	must(t, client.ImportImage(docker.ImportImageOptions{
-		Repository: repository, Tag: tag, Source: "-", InputStream: root, OutputStream: io.Discard,
-	}))
-	made, err := client.InspectImage(e.image)
-	must(t, err)
-	t.Cleanup(func() {
-		for _, image := range []string{e.image, made.ID} { // a newer one may have taken the name
-			client.RemoveImageExtended(image, docker.RemoveImageOptions{Force: true})
-		}
-	})
-	return e
-}
-
-// busyboxTar makes a tar of a root with /busybox in it, in dir, and returns its path.
-func busyboxTar(t testing.TB, dir string) string {
-	t.Helper()
-	busybox, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		noEngine(t, "no static busybox to make an image of: %v", err)
-	}
-	var root bytes.Buffer
-	archive := tar.NewWriter(&root)
-	archive.WriteHeader(&tar.Header{Name: "busybox", Mode: 0o755, Size: int64(len(busybox))})
-	archive.Write(busybox)
-	archive.Close()
-	path := filepath.Join(dir, "root.tar")
-	must(t, os.WriteFile(path, root.Bytes(), 0o600))
-	return path
-}
-
-// name returns the name of a container of this test, in this run of it.
-func (e *liveEngine) name(t *testing.T, name string) string {
-	return fmt.Sprintf("dstb-%s-%d.%s", strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-")), os.Getpid(), name)
-}
-
-// run starts a container that runs a shell script, "" for one that sleeps. It ends by itself
-// after a while, should the test be killed.
-func (e *liveEngine) run(t *testing.T, name, script string, host docker.HostConfig) string {
-	t.Helper()
-	if script == "" {
-		script = "exec /busybox sleep 600"
-	}
-	return e.start(t, name, docker.Config{Cmd: []string{"/busybox", "sh", "-c", script}}, host)
-}
-
-// labelled starts a container that sleeps, and has these labels.
-func (e *liveEngine) labelled(t *testing.T, name string, labels map[string]string) string {
-	t.Helper()
-	return e.start(t, name, docker.Config{Cmd: []string{"/busybox", "sleep", "600"}, Labels: labels}, docker.HostConfig{NetworkMode: "none"})
-}
-
-func (e *liveEngine) start(t *testing.T, name string, config docker.Config, host docker.HostConfig) string {
-	t.Helper()
-	config.Image = e.image
-	t.Cleanup(func() { e.remove(e.name(t, name)) })
-	container, err := e.CreateContainer(docker.CreateContainerOptions{Name: e.name(t, name), Config: &config, HostConfig: &host})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := e.StartContainer(container.ID, nil); err != nil {
-		t.Fatal(err)
-	}
-	return container.ID
-}
-
-func (e *liveEngine) remove(name string) error {
-	return e.RemoveContainer(docker.RemoveContainerOptions{ID: name, Force: true})
-}
-
-// collector returns a collector on e that names its containers as the test does, and its log.
-func (e *liveEngine) collector(t *testing.T) (*collector, *logged) {
-	t.Helper()
-	engine, err := newEngine(e.address, 30*time.Second)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log := &logged{}
-	prefix := renaming(regexp.MustCompile(`^`+regexp.QuoteMeta(e.name(t, ""))+`(.*)$`), "test.$1")
-	return newCollector(engine, prefix, log.logger()), log
+	c, log := collecting(t, e.Address, 30*time.Second)
+	c.containers.rules = renaming(regexp.MustCompile(`^`+regexp.QuoteMeta(e.Name(t, ""))+`(.*)$`), "test.$1")
+	return c, log
 }
 
 // byName makes a map of the metrics of the test's own containers: other ones may run here too.
@@ -161,32 +52,25 @@ func byName(t *testing.T, metrics []metric) map[string]metric {
 			}
 			named[name] = m
 		}
-		if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+		if !harness.IsGoodName(m.name()) {
 			t.Errorf("%s is not a name that Graphite can keep", m.name())
 		}
 	}
 	return named
 }
 
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // From starting to removing: what each state of a container means for its metrics.
 func TestLiveContainers(t *testing.T) {
-	e := usualEngine(t)
-	c, log := e.collector(t)
-	busy := e.run(t, "busy", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
-	e.run(t, "none", "", docker.HostConfig{NetworkMode: "none"})
-	e.run(t, "host", "", docker.HostConfig{NetworkMode: "host"})
+	e := harness.Usual(t)
+	c, log := liveCollector(t, e)
+	busy := e.Run(t, "busy", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
+	e.Run(t, "none", "", docker.HostConfig{NetworkMode: "none"})
+	e.Run(t, "host", "", docker.HostConfig{NetworkMode: "host"})
 
 	begin := time.Now()
 	result := c.sweep(t.Context())
 	if result.err != nil || result.failed > 0 {
-		t.Fatalf("%v, %d failed: %s", result.err, result.failed, log.take())
+		t.Fatalf("%v, %d failed: %s", result.err, result.failed, log.Take())
 	}
 	first := byName(t, result.metrics)
 	for _, name := range []string{"cpu.total", "cpu.kernel", "cpu.user", "cpu.system", "memory.usage", "memory.limit", "uptime",
@@ -209,7 +93,7 @@ func TestLiveContainers(t *testing.T) {
 		t.Errorf("busy.uptime is %d s", up)
 	}
 	info, err := e.Info()
-	must(t, err)
+	harness.Must(t, err)
 	total := metric{}
 	for _, m := range result.metrics {
 		if m.name() == graphiteNode(info.Name)+".containers.total" {
@@ -232,45 +116,45 @@ func TestLiveContainers(t *testing.T) {
 	}
 
 	// A paused container still runs, as far as the engine is concerned.
-	must(t, e.PauseContainer(busy))
+	harness.Must(t, e.PauseContainer(busy))
 	paused := byName(t, c.sweep(t.Context()).metrics)
 	if paused["busy.memory.usage"].value.n == 0 {
 		t.Errorf("paused, there is %v", paused)
 	}
-	must(t, e.UnpauseContainer(busy))
+	harness.Must(t, e.UnpauseContainer(busy))
 
 	// Renamed, it goes by its new name.
-	must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy, Name: e.name(t, "renamed")}))
+	harness.Must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy, Name: e.Name(t, "renamed")}))
 	renamed := byName(t, c.sweep(t.Context()).metrics)
 	if renamed["renamed.cpu.total"].value.n < first["busy.cpu.total"].value.n || renamed["busy.cpu.total"] != (metric{}) {
 		t.Errorf("renamed, there is %v", renamed)
 	}
 
 	// Stopped, it has none; started again, all, and its uptime is that of the new start.
-	must(t, e.KillContainer(docker.KillContainerOptions{ID: busy}))
+	harness.Must(t, e.KillContainer(docker.KillContainerOptions{ID: busy}))
 	if _, err := e.WaitContainer(busy); err != nil {
 		t.Fatal(err)
 	}
 	if stopped := byName(t, c.sweep(t.Context()).metrics); stopped["renamed.cpu.total"] != (metric{}) {
 		t.Errorf("stopped, there is %v", stopped)
 	}
-	must(t, e.StartContainer(busy, nil))
+	harness.Must(t, e.StartContainer(busy, nil))
 	started, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: busy})
-	must(t, err)
+	harness.Must(t, err)
 	again := byName(t, c.sweep(t.Context()).metrics)
 	uptimeIs(t, again["renamed.uptime"], started.State.StartedAt)
 
-	must(t, e.RestartContainer(busy, 0))
+	harness.Must(t, e.RestartContainer(busy, 0))
 	restarted, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: busy})
-	must(t, err)
+	harness.Must(t, err)
 	again = byName(t, c.sweep(t.Context()).metrics)
 	uptimeIs(t, again["renamed.uptime"], restarted.State.StartedAt)
 
-	must(t, e.remove(busy))
+	harness.Must(t, e.Remove(busy))
 	if removed := byName(t, c.sweep(t.Context()).metrics); removed["renamed.cpu.total"] != (metric{}) {
 		t.Errorf("removed, there is %v", removed)
 	}
-	if got := log.take(); strings.Contains(got, "level=ERROR") || strings.Contains(got, "level=WARN") {
+	if got := log.Take(); strings.Contains(got, "level=ERROR") || strings.Contains(got, "level=WARN") {
 		t.Errorf("all this is everyday life, but it logged\n%s", got)
 	}
 }
@@ -284,15 +168,15 @@ func uptimeIs(t *testing.T, uptime metric, since time.Time) {
 
 // Names from labels and images, hostile ones too: whatever is in them, what comes out is one safe name for each.
 func TestLiveRules(t *testing.T) {
-	e := usualEngine(t)
+	e := harness.Usual(t)
 	forged := "x 1 1\nroot.forged 1 1795409680\n"
-	first := e.labelled(t, "first", map[string]string{"test": "name", "evil": forged})
-	second := e.labelled(t, "second", map[string]string{"test": "name", "evil": "../../etc;tag=*{a,b}[c]?\t\x00é"})
-	e.labelled(t, "third", map[string]string{"test": "off", "evil": "off", forged: forged})
+	first := e.Labelled(t, "first", map[string]string{"test": "name", "evil": forged})
+	second := e.Labelled(t, "second", map[string]string{"test": "name", "evil": "../../etc;tag=*{a,b}[c]?\t\x00é"})
+	e.Labelled(t, "third", map[string]string{"test": "off", "evil": "off", forged: forged})
 
 	sweep := func(text string) (names []string, log string) {
 		t.Helper()
-		c, logged := e.collector(t)
+		c, logged := liveCollector(t, e)
 		c.containers.rules = mustRules(t, text)
 		c.host = "h"
 		result := c.sweep(t.Context())
@@ -300,7 +184,7 @@ func TestLiveRules(t *testing.T) {
 			t.Fatal(result.err)
 		}
 		for _, m := range result.metrics {
-			if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+			if !harness.IsGoodName(m.name()) {
 				t.Errorf("%s makes %q", text, m.name())
 			}
 			if name, ok := strings.CutSuffix(m.name(), ".pids.current"); ok && strings.HasPrefix(name, "test.") {
@@ -311,7 +195,7 @@ func TestLiveRules(t *testing.T) {
 			}
 		}
 		slices.Sort(names)
-		return names, logged.take()
+		return names, logged.Take()
 	}
 	for _, test := range []struct {
 		rules string
@@ -330,17 +214,17 @@ func TestLiveRules(t *testing.T) {
 	}
 
 	// Two of one name: one of them has it, until it goes; the older one, if they are not of the same second.
-	c, log := e.collector(t)
+	c, log := liveCollector(t, e)
 	c.containers.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},{"regexp":"","drop":true}]`)
 	c.sweep(t.Context())
-	holder, other, left := e.name(t, "first"), e.name(t, "second"), second
+	holder, other, left := e.Name(t, "first"), e.Name(t, "second"), second
 	if c.containers.holders["test.same"].id == second {
 		holder, other, left = other, holder, first
 	}
-	if got := log.take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same", other, holder)) != 1 {
+	if got := log.Take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same", other, holder)) != 1 {
 		t.Errorf("logged %s", got)
 	}
-	must(t, e.remove(holder))
+	harness.Must(t, e.Remove(holder))
 	result := c.sweep(t.Context())
 	if c.containers.holders["test.same"].id != left || byName(t, result.metrics)["same.pids.current"].value.n == 0 {
 		t.Errorf("%s is gone, and %s has not taken over", holder, other)
@@ -353,10 +237,10 @@ func TestLiveRules(t *testing.T) {
 	archive := tar.NewWriter(&root)
 	archive.WriteHeader(&tar.Header{Name: "newer", Mode: 0o644})
 	archive.Close()
-	repository, tag, _ := strings.Cut(e.image, ":")
-	must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard}))
+	repository, tag, _ := strings.Cut(e.Image, ":")
+	harness.Must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard}))
 	list, err := e.ListContainers(docker.ListContainersOptions{Filters: map[string][]string{"id": {left}}})
-	must(t, err)
+	harness.Must(t, err)
 	if len(list) != 1 || !imageID.MatchString(list[0].Image) {
 		t.Errorf("the list has %v; was there no newer image?", list)
 	}
@@ -367,17 +251,17 @@ func TestLiveRules(t *testing.T) {
 
 // Containers come and go all the time, under a fast poll, for 10 s or as long as $SOAK says: nothing is kept of those that are gone.
 func TestLiveSoak(t *testing.T) {
-	e := usualEngine(t)
+	e := harness.Usual(t)
 	long := 10 * time.Second
 	if text := os.Getenv("SOAK"); text != "" {
 		var err error
 		long, err = time.ParseDuration(text)
-		must(t, err)
+		harness.Must(t, err)
 	}
-	s := newStandIn(t)
-	s.set("", answerWith(200, "ok"))
+	s := harness.NewStandIn(t)
+	s.Set("", harness.AnswerWith(200, "ok"))
 	target := mustBackstop(t, s.URL+"/publish/docker")
-	c, _ := e.collector(t)
+	c, _ := liveCollector(t, e)
 	q, _ := newRig(t, destination{"Backstop", target.post}, 1<<20, "")
 	ctx, cancel := context.WithTimeout(t.Context(), long)
 	defer cancel()
@@ -387,10 +271,10 @@ func TestLiveSoak(t *testing.T) {
 		sweeps++
 		q.put(append(c.sweep(t.Context()).metrics, q.own("h", time.Now())...))
 		for q.waiting() > 0 {
-			must(t, q.try(t))
+			harness.Must(t, q.try(t))
 		}
 	}
-	e.run(t, "stays", "", docker.HostConfig{NetworkMode: "none"}) // and the client asks for the engine's version now, not from all workers at once
+	e.Run(t, "stays", "", docker.HostConfig{NetworkMode: "none"}) // and the client asks for the engine's version now, not from all workers at once
 	sweep()
 	before := held(t)
 	var churn sync.WaitGroup
@@ -398,8 +282,8 @@ func TestLiveSoak(t *testing.T) {
 	for worker := range 4 {
 		churn.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
-				name := e.name(t, fmt.Sprintf("soak%d-%d", worker, i))
-				made, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.image, Cmd: []string{"/busybox", "sleep", "100"}},
+				name := e.Name(t, fmt.Sprintf("soak%d-%d", worker, i))
+				made, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100"}},
 					HostConfig: &docker.HostConfig{NetworkMode: "none"}})
 				if err == nil {
 					err = e.StartContainer(made.ID, nil)
@@ -408,7 +292,7 @@ func TestLiveSoak(t *testing.T) {
 					t.Error(err)
 				}
 				started.Add(1)
-				if err := e.remove(name); err != nil {
+				if err := e.Remove(name); err != nil {
 					t.Error(err)
 				}
 			}
@@ -420,7 +304,7 @@ func TestLiveSoak(t *testing.T) {
 	churn.Wait()
 	sweep()
 	for _, known := range c.containers.byID {
-		if strings.HasPrefix(known.name, e.name(t, "soak")) {
+		if strings.HasPrefix(known.name, e.Name(t, "soak")) {
 			t.Errorf("%s is still known", known.name)
 		}
 	}
@@ -443,7 +327,7 @@ type holdings struct{ files, goroutines, heap int }
 func held(t *testing.T) holdings {
 	t.Helper()
 	files, err := os.ReadDir("/proc/self/fd")
-	must(t, err)
+	harness.Must(t, err)
 	runtime.GC()
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
@@ -451,41 +335,41 @@ func held(t *testing.T) holdings {
 }
 
 // dockerStats is what the docker command prints of a container, field by field.
-func (e *liveEngine) dockerStats(t *testing.T, id string) (memory, memoryPercent string, cpuPercent float64) {
+func dockerStats(t *testing.T, e *harness.Engine, id string) (memory, memoryPercent string, cpuPercent float64) {
 	t.Helper()
 	command, err := exec.LookPath("docker")
 	if err != nil {
-		noEngine(t, "no docker command to compare with: %v", err)
+		harness.NoEngine(t, "no docker command to compare with: %v", err)
 	}
-	out, err := exec.Command(command, "--host", e.address, "stats", "--no-stream", "--format", "{{.MemUsage}}|{{.MemPerc}}|{{.CPUPerc}}", id).Output()
-	must(t, err)
+	out, err := exec.Command(command, "--host", e.Address, "stats", "--no-stream", "--format", "{{.MemUsage}}|{{.MemPerc}}|{{.CPUPerc}}", id).Output()
+	harness.Must(t, err)
 	fields := strings.Split(strings.TrimSpace(string(out)), "|")
 	if len(fields) != 3 {
 		t.Fatalf("docker stats printed %s", out)
 	}
 	memory, _, _ = strings.Cut(fields[0], " / ")
 	cpuPercent, err = strconv.ParseFloat(strings.TrimSuffix(fields[2], "%"), 64)
-	must(t, err)
+	harness.Must(t, err)
 	return memory, strings.TrimSuffix(fields[1], "%"), cpuPercent
 }
 
 // Of memory that does not change, docker stats prints the very same; it rounds to four digits.
 func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
-	e := usualEngine(t)
-	c, _ := e.collector(t)
+	e := harness.Usual(t)
+	c, _ := liveCollector(t, e)
 	// A file that was written once, and never read, is page cache that is not in use, the one part that is left out.
-	id := e.run(t, "cache", "/busybox dd if=/dev/zero of=/file bs=1M count=8; echo done >/done; exec /busybox sleep 600", docker.HostConfig{Memory: 64 << 20})
+	id := e.Run(t, "cache", "/busybox dd if=/dev/zero of=/file bs=1M count=8; echo done >/done; exec /busybox sleep 600", docker.HostConfig{Memory: 64 << 20})
 	awaitFile(t, e, id, "/done")
 	var ours, theirs string
 	for range 10 { // the kernel may still be at work on the cache
-		memory, percent, _ := e.dockerStats(t, id)
+		memory, percent, _ := dockerStats(t, e, id)
 		named := byName(t, c.sweep(t.Context()).metrics)
 		usage, workingSet := named["cache.memory.usage"].value.n, named["cache.memory.working_set"].value.n
 		if usage-workingSet < 1<<20 {
 			t.Fatalf("usage %d, working set %d: there is no cache to leave out", usage, workingSet)
 		}
 		percentage, err := strconv.ParseFloat(string(named["cache.memory.percent"].value.append(nil)), 64)
-		must(t, err)
+		harness.Must(t, err)
 		ours = fmt.Sprintf("%s %.2f", units.BytesSize(float64(workingSet)), percentage)
 		theirs = memory + " " + percent
 		if ours == theirs {
@@ -496,7 +380,7 @@ func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
 }
 
 // awaitFile waits until a container has made a file.
-func awaitFile(t *testing.T, e *liveEngine, id, path string) {
+func awaitFile(t *testing.T, e *harness.Engine, id, path string) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		err := e.DownloadFromContainer(id, docker.DownloadFromContainerOptions{Path: path, OutputStream: io.Discard})
@@ -513,26 +397,26 @@ func awaitFile(t *testing.T, e *liveEngine, id, path string) {
 // limit, one more or less of which is 3 points; ours is the mean over all the time between. Five points are
 // room for a machine that does other things as well.
 func TestLiveCPUIsThatOfDockerStats(t *testing.T) {
-	e := usualEngine(t)
-	c, _ := e.collector(t)
-	id := e.run(t, "steady", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{CPUPeriod: 100_000, CPUQuota: 30_000})
+	e := harness.Usual(t)
+	c, _ := liveCollector(t, e)
+	id := e.Run(t, "steady", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{CPUPeriod: 100_000, CPUQuota: 30_000})
 	if first := byName(t, c.sweep(t.Context()).metrics); first["steady.cpu.percent"] != (metric{}) {
 		t.Errorf("a first sample has the percentage %v", first["steady.cpu.percent"])
 	}
 	const looks = 5
 	var theirs float64
 	for range looks {
-		_, _, percent := e.dockerStats(t, id)
+		_, _, percent := dockerStats(t, e, id)
 		theirs += percent / looks
 	}
 	now := byName(t, c.sweep(t.Context()).metrics)
 	ours, err := strconv.ParseFloat(string(now["steady.cpu.percent"].value.append(nil)), 64)
-	must(t, err)
+	harness.Must(t, err)
 	if math.Abs(ours-theirs) > 5 || ours > 33 {
 		t.Errorf("cpu.percent is %v, docker stats prints %v on average; the limit is 30", ours, theirs)
 	}
 
-	must(t, e.RestartContainer(id, 0))
+	harness.Must(t, e.RestartContainer(id, 0))
 	if again := byName(t, c.sweep(t.Context()).metrics); again["steady.cpu.total"] == (metric{}) || again["steady.cpu.percent"] != (metric{}) {
 		t.Errorf("after a restart there is the percentage %v", again["steady.cpu.percent"])
 	}
@@ -545,11 +429,11 @@ func TestLiveCPUIsThatOfDockerStats(t *testing.T) {
 func TestLivePodman(t *testing.T) {
 	for _, command := range []string{"podman", "runc"} {
 		if _, err := exec.LookPath(command); err != nil || os.Getuid() != 0 {
-			noEngine(t, "a Podman of the test's own needs root and %s (%v)", command, err)
+			harness.NoEngine(t, "a Podman of the test's own needs root and %s (%v)", command, err)
 		}
 	}
 	dir, err := os.MkdirTemp("", "dstb")
-	must(t, err)
+	harness.Must(t, err)
 	podman := func(args ...string) *exec.Cmd {
 		return exec.Command("podman", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs", "--runtime", "runc"}, args...)...)
 	}
@@ -566,7 +450,7 @@ func TestLivePodman(t *testing.T) {
 			t.Errorf("cleaning up: %v", err)
 		}
 	})
-	do("import", busyboxTar(t, dir), "test")
+	do("import", harness.BusyboxTar(t, dir), "test")
 	// crun, the other runtime, is not to be found everywhere; nor may it raise its limits.
 	run := func(name, script string) {
 		do("run", "--detach", "--name", "dstb."+name, "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000",
@@ -577,13 +461,13 @@ func TestLivePodman(t *testing.T) {
 	run("stopped", "exit")
 	socket := dir + "/podman.sock"
 	service := podman("system", "service", "--time=0", "unix://"+socket)
-	must(t, service.Start())
+	harness.Must(t, service.Start())
 	t.Cleanup(func() {
 		service.Process.Kill()
 		service.Wait()
 	})
 	e, err := newEngine("unix://"+socket, 30*time.Second)
-	must(t, err)
+	harness.Must(t, err)
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		if _, err = e.hello(t.Context()); err == nil {
 			break
@@ -593,12 +477,12 @@ func TestLivePodman(t *testing.T) {
 		}
 	}
 
-	log := &logged{}
-	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.logger())
+	log := &harness.Log{}
+	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.Logger())
 	c.sweep(t.Context())
 	<-time.After(3 * time.Second) // the span that is measured
 	result := c.sweep(t.Context())
-	if got := log.take(); result.err != nil || result.failed > 0 || result.running != 2 || strings.Contains(got, "level=ERROR") {
+	if got := log.Take(); result.err != nil || result.failed > 0 || result.running != 2 || strings.Contains(got, "level=ERROR") {
 		t.Fatalf("%v, %d of %d failed: %s", result.err, result.failed, result.running, got)
 	}
 	named := byName(t, result.metrics)
@@ -615,52 +499,29 @@ func TestLivePodman(t *testing.T) {
 	// A loop that never rests takes what it can get of one CPU, and never more, which Podman's own idea of the
 	// host's CPU time would make of it.
 	busy, err := strconv.ParseFloat(string(named["busy.cpu.percent"].value.append(nil)), 64)
-	must(t, err)
+	harness.Must(t, err)
 	if busy < 10 || busy > 105 {
 		t.Errorf("busy.cpu.percent is %v", busy)
 	}
 }
 
-// between is a real engine with a proxy before it, which can do things to single calls.
-func between(t *testing.T, e *liveEngine, call func(w http.ResponseWriter, r *http.Request, forward http.Handler)) *liveEngine {
-	t.Helper()
-	u, err := url.Parse(e.address)
-	must(t, err)
-	proxy := &httputil.ReverseProxy{
-		Rewrite:  func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", "engine" },
-		ErrorLog: nil,
-		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			if u.Scheme == "unix" {
-				return (&net.Dialer{}).DialContext(ctx, "unix", u.Path)
-			}
-			return (&net.Dialer{}).DialContext(ctx, "tcp", u.Host)
-		}},
-	}
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { call(w, r, proxy) }))
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
-	})
-	return &liveEngine{e.Client, server.URL, e.image}
-}
-
 // Containers that stop, restart or are removed in the very moment they are asked.
 func TestLiveChangesDuringASweep(t *testing.T) {
-	e := usualEngine(t)
-	steady := e.run(t, "steady", "", docker.HostConfig{})
+	e := harness.Usual(t)
+	steady := e.Run(t, "steady", "", docker.HostConfig{})
 	for _, test := range []struct {
 		why    string
 		change func(id string) error
 		gone   bool
 	}{
 		{"stopped", func(id string) error { return e.KillContainer(docker.KillContainerOptions{ID: id}) }, true},
-		{"removed", e.remove, true},
+		{"removed", e.Remove, true},
 		{"restarted", func(id string) error { return e.RestartContainer(id, 0) }, false},
 		{"paused", e.PauseContainer, false},
 	} {
-		id := e.run(t, test.why, "", docker.HostConfig{})
+		id := e.Run(t, test.why, "", docker.HostConfig{})
 		changed := false
-		c, log := between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 			// Between the list and the question for its stats.
 			if r.URL.Path == "/containers/"+id+"/stats" && !changed {
 				changed = true
@@ -669,34 +530,35 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 				}
 			}
 			forward.ServeHTTP(w, r)
-		}).collector(t)
+		})
+		c, log := liveCollector(t, proxied)
 		result := c.sweep(t.Context())
 		named := byName(t, result.metrics)
 		if result.err != nil || result.failed > 0 {
-			t.Errorf("%s: %v, %d failed: %s", test.why, result.err, result.failed, log.take())
+			t.Errorf("%s: %v, %d failed: %s", test.why, result.err, result.failed, log.Take())
 		}
 		if named["steady.cpu.total"].value.n == 0 {
 			t.Errorf("%s: it cost another one its metrics: %v", test.why, named)
 		}
 		_, there := named[test.why+".cpu.total"]
-		got := log.take()
-		if there == test.gone || strings.Contains(got, `msg="container is gone" container=`+e.name(t, test.why)) != test.gone {
+		got := log.Take()
+		if there == test.gone || strings.Contains(got, `msg="container is gone" container=`+e.Name(t, test.why)) != test.gone {
 			t.Errorf("%s: there are %v, and the log\n%s", test.why, named, got)
 		}
 	}
-	must(t, e.remove(steady))
+	harness.Must(t, e.Remove(steady))
 }
 
 // Two real containers out of three answer badly, because a proxy makes them: they cost the
 // third nothing.
 func TestLiveBadAnswers(t *testing.T) {
-	e := usualEngine(t)
-	e.run(t, "well", "", docker.HostConfig{})
-	hanging, cut := e.run(t, "hangs", "", docker.HostConfig{}), e.run(t, "cut", "", docker.HostConfig{})
-	c, log := between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+	e := harness.Usual(t)
+	e.Run(t, "well", "", docker.HostConfig{})
+	hanging, cut := e.Run(t, "hangs", "", docker.HostConfig{}), e.Run(t, "cut", "", docker.HostConfig{})
+	proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 		switch r.URL.Path {
 		case "/containers/" + hanging + "/stats":
-			hang(w, r)
+			harness.Hang(w, r)
 		case "/containers/" + cut + "/stats":
 			answer := httptest.NewRecorder()
 			forward.ServeHTTP(answer, r)
@@ -704,17 +566,18 @@ func TestLiveBadAnswers(t *testing.T) {
 		default:
 			forward.ServeHTTP(w, r)
 		}
-	}).collector(t)
+	})
+	c, log := liveCollector(t, proxied)
 	c.engine.timeout = 5 * time.Second
 	result := c.sweep(t.Context())
 	named := byName(t, result.metrics)
 	if result.err != nil || result.failed != 2 || named["well.cpu.total"].value.n == 0 || named["hangs.cpu.total"].value.n != 0 || named["cut.cpu.total"].value.n != 0 {
 		t.Errorf("%v, %d failed, %v", result.err, result.failed, named)
 	}
-	got := log.take()
+	got := log.Take()
 	for _, want := range []string{
-		`msg="container cannot be read" container=` + e.name(t, "hangs") + ` error="no answer within 5s"`,
-		`msg="container cannot be read" container=` + e.name(t, "cut") + ` error="its stats answer is not JSON: unexpected end of JSON input"`,
+		`msg="container cannot be read" container=` + e.Name(t, "hangs") + ` error="no answer within 5s"`,
+		`msg="container cannot be read" container=` + e.Name(t, "cut") + ` error="its stats answer is not JSON: unexpected end of JSON input"`,
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("logged\n%swant %s", got, want)
@@ -724,126 +587,42 @@ func TestLiveBadAnswers(t *testing.T) {
 
 // The daemon, as a process of its own, outlives its engine: killed and started again.
 func TestLiveEngineIsKilled(t *testing.T) {
-	own := startEngine(t)
-	e := connect(t, own.address)
-	e.run(t, "web", "", docker.HostConfig{})
+	own := harness.StartOwn(t)
+	e := harness.Connect(t, own.Address)
+	e.Run(t, "web", "", docker.HostConfig{})
 
-	backstop := newStandIn(t)
+	backstop := harness.NewStandIn(t)
 	log := filepath.Join(t.TempDir(), "log")
 	stderr, err := os.Create(log)
-	must(t, err)
+	harness.Must(t, err)
 	defer stderr.Close()
 	// The command is in the path, see testscript.Main.
-	daemon := exec.Command(program, "--backstop="+backstop.URL+"/publish/docker", "--docker="+own.address, "--poll=2s", "--host=h")
+	daemon := exec.Command(program, "--backstop="+backstop.URL+"/publish/docker", "--docker="+own.Address, "--poll=2s", "--host=h")
 	daemon.Stderr = stderr
-	must(t, daemon.Start())
+	harness.Must(t, daemon.Start())
 	t.Cleanup(func() { daemon.Process.Kill() })
 	arrive := func(when string, want int) {
 		t.Helper()
-		if err := backstop.await(`^dstb-.*\.web\.cpu\.total `, want, 2*time.Minute); err != nil {
+		if err := backstop.Await(`^dstb-.*\.web\.cpu\.total `, want, 2*time.Minute); err != nil {
 			text, _ := os.ReadFile(log)
 			t.Fatalf("%s: %v\n%s", when, err, text)
 		}
 	}
-	count := func() int { return strings.Count(backstop.lines(), ".web.cpu.total ") }
-	logs := func() string { return readFile(t, log) }
+	count := func() int { return strings.Count(backstop.Lines(), ".web.cpu.total ") }
+	logs := func() string { return harness.ReadFile(t, log) }
 	arrive("at first", 2)
-	own.kill()
-	awaitText(t, logs, `level=ERROR msg="Docker engine does not answer`, 1)
-	own.start()
-	awaitText(t, logs, `level=INFO msg="Docker engine answers"`, 2)
+	own.Kill()
+	harness.AwaitText(t, logs, `level=ERROR msg="Docker engine does not answer`, 1)
+	own.Start()
+	harness.AwaitText(t, logs, `level=INFO msg="Docker engine answers"`, 2)
 	// Killed, the engine took its containers along.
-	if err := e.StartContainer(e.name(t, "web"), nil); err != nil && !errors.As(err, new(*docker.ContainerAlreadyRunning)) {
+	if err := e.StartContainer(e.Name(t, "web"), nil); err != nil && !errors.As(err, new(*docker.ContainerAlreadyRunning)) {
 		t.Fatal(err)
 	}
 	arrive("after the engine was killed and started", count()+2)
 
-	must(t, daemon.Process.Signal(syscall.SIGTERM))
+	harness.Must(t, daemon.Process.Signal(syscall.SIGTERM))
 	if err := daemon.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)
 	}
-}
-
-// ownEngine is a dockerd of the test's own, which it may kill. It runs in namespaces of its
-// own, so that it does not touch the networks of another one, and so that everything it
-// started ends with it, as in a power cut.
-type ownEngine struct {
-	t       *testing.T
-	dir     string
-	address string
-	dockerd *exec.Cmd
-	ended   chan struct{}
-}
-
-func startEngine(t *testing.T) *ownEngine {
-	t.Helper()
-	for _, command := range []string{"dockerd", "unshare"} {
-		if _, err := exec.LookPath(command); err != nil || os.Getuid() != 0 {
-			noEngine(t, "a dockerd of the test's own needs root and %s (%v)", command, err)
-		}
-	}
-	dir, err := os.MkdirTemp("", "dstb") // a socket's path is short
-	must(t, err)
-	e := &ownEngine{t: t, dir: dir, address: "unix://" + dir + "/docker.sock"}
-	t.Cleanup(func() {
-		e.kill()
-		// What was in the namespaces takes a moment to end after the first of them.
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-			err := os.RemoveAll(dir)
-			if err == nil {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Errorf("cleaning up: %v", err)
-				return
-			}
-		}
-	})
-	e.start()
-	return e
-}
-
-// start starts dockerd, and waits until it answers. After a kill it may take a second try:
-// containerd can be busy with what is left for longer than dockerd waits for it.
-func (e *ownEngine) start() {
-	e.t.Helper()
-	client, err := docker.NewClient(e.address)
-	must(e.t, err)
-	log, err := os.OpenFile(e.dir+"/log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	must(e.t, err)
-	defer log.Close()
-	for range 3 {
-		// In the new namespace these numbers are others', dockerd's own threads for one, which it takes for what still runs.
-		os.Remove(e.dir + "/docker.pid")
-		os.Remove(e.dir + "/exec/containerd/containerd.pid")
-		e.dockerd = exec.Command("unshare", "--fork", "--pid", "--mount-proc", "--mount", "--net", "--kill-child",
-			"sh", "-c", `/bin/busybox ip link set lo up && exec dockerd "$@"`, "sh", "--host="+e.address, "--data-root="+e.dir+"/data", "--exec-root="+e.dir+"/exec", "--pidfile="+e.dir+"/docker.pid")
-		e.dockerd.Stdout, e.dockerd.Stderr = log, log
-		must(e.t, e.dockerd.Start())
-		ended := make(chan struct{})
-		e.ended = ended
-		go func(dockerd *exec.Cmd) {
-			dockerd.Wait()
-			close(ended)
-		}(e.dockerd)
-		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
-			if client.Ping() == nil {
-				return
-			}
-			select {
-			case <-ended:
-				deadline = time.Time{}
-			case <-time.After(100 * time.Millisecond):
-			}
-		}
-		e.kill()
-	}
-	text, _ := os.ReadFile(e.dir + "/log")
-	e.t.Fatalf("dockerd does not start: %s", text)
-}
-
-// kill ends dockerd and all that it started, without a chance to tidy up.
-func (e *ownEngine) kill() {
-	e.dockerd.Process.Kill()
-	<-e.ended
 }

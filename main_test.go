@@ -1,38 +1,30 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
+	docker "github.com/fsouza/go-dockerclient"
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){program: main, "floor": floor})
-}
-
-// cannot ends a test that needs what is not there: it is skipped, but where
-// REQUIRE_ENGINE is set, as script/test does, it fails.
-func cannot(t testing.TB, format string, args ...any) {
-	t.Helper()
-	why := fmt.Sprintf(format, args...)
-	if os.Getenv("REQUIRE_ENGINE") != "" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
-}
-
-// noEngine is cannot, for want of an engine or what comes with it.
-func noEngine(t testing.TB, format string, args ...any) {
-	t.Helper()
-	cannot(t, format+"; script/engine brings one", args...)
+	testscript.Main(m, map[string]func(){program: main})
 }
 
 // TestScripts holds the command to what testdata/script says of it. Each script has an engine,
@@ -51,17 +43,17 @@ func noEngine(t testing.TB, format string, args ...any) {
 //	awaits FILE REGEXP             the file has, or will have, a line that matches
 func TestScripts(t *testing.T) {
 	type host struct {
-		engine   *replay
-		backstop *standIn
+		engine   *harness.Replay
+		backstop *harness.StandIn
 	}
 	this := func(ts *testscript.TestScript) host { return ts.Value(host{}).(host) }
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
-			h := host{newReplay(t, "cgroup2"), unstartedStandIn(t.Errorf)}
+			h := host{harness.NewReplay(t, "cgroup2"), harness.UnstartedStandIn(t.Errorf)}
 			h.backstop.Server = httptest.NewServer(h.backstop)
-			env.Defer(h.backstop.stop)
+			env.Defer(h.backstop.Stop)
 			env.Values[host{}] = h
 			env.Setenv("ENGINE", h.engine.URL)
 			env.Setenv("BACKSTOP", h.backstop.URL+"/publish/docker")
@@ -75,18 +67,18 @@ func TestScripts(t *testing.T) {
 				s := this(ts).backstop
 				switch args[0] {
 				case "auth":
-					s.set(args[1], nil)
+					s.Set(args[1], nil)
 				case "answer":
 					status, err := strconv.Atoi(args[1])
 					ts.Check(err)
-					s.set("", answerWith(status, args[2]))
+					s.Set("", harness.AnswerWith(status, args[2]))
 				case "hang":
-					s.set("", hang)
+					s.Set("", harness.Hang)
 				case "ok":
-					s.set("", nil)
+					s.Set("", nil)
 				case "drop":
-					s.set("", nil)
-					s.drop()
+					s.Set("", nil)
+					s.Drop()
 				default:
 					ts.Fatalf("backstop %s?", args[0])
 				}
@@ -96,7 +88,7 @@ func TestScripts(t *testing.T) {
 				if !strings.HasPrefix(path, "/") {
 					path = "/containers/" + path + "/stats"
 				}
-				this(ts).engine.on(path, map[string]http.HandlerFunc{"hang": hang, "forget": answerWith(404, "{}")}[args[0]])
+				this(ts).engine.On(path, map[string]http.HandlerFunc{"hang": harness.Hang, "forget": harness.AnswerWith(404, "{}")}[args[0]])
 			},
 			"arrives": func(ts *testscript.TestScript, not bool, args []string) {
 				want, within := 1, time.Minute
@@ -108,8 +100,8 @@ func TestScripts(t *testing.T) {
 				if not {
 					within = 0
 				}
-				if err := this(ts).backstop.await(args[0], want, within); (err != nil) != not {
-					ts.Fatalf("%v; there are\n%s", err, this(ts).backstop.lines())
+				if err := this(ts).backstop.Await(args[0], want, within); (err != nil) != not {
+					ts.Fatalf("%v; there are\n%s", err, this(ts).backstop.Lines())
 				}
 			},
 			"awaits": func(ts *testscript.TestScript, _ bool, args []string) {
@@ -126,4 +118,270 @@ func TestScripts(t *testing.T) {
 			},
 		},
 	})
+}
+
+func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
+	const option, variable = `(?m)^ *\|? *` + "`?" + `(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
+	_, help, _ := strings.Cut(usage(), "\nOptions")
+	options := harness.Section(t, "## Options")
+	if got, want := harness.AllOf(option, options), harness.AllOf(option, help); !slices.Equal(got, want) {
+		t.Errorf("the README has the options %q, --help has %q", got, want)
+	}
+	if got, want := harness.AllOf(variable, options), harness.AllOf(variable, help); !slices.Equal(got, want) {
+		t.Errorf("the README has the variables %q, --help has %q", got, want)
+	}
+	file := harness.ReadFile(t, "deploy/docker-stats-to-backstop.default")
+	for _, name := range harness.AllOf(variable, file) {
+		if !slices.Contains(harness.AllOf(variable, help), name) {
+			t.Errorf("the file for the systemd unit has %s, which --help has not", name)
+		}
+	}
+}
+
+// Whoever looks a line of the log up finds it. Those of --verbose, and of a life without trouble, need no explanation.
+func TestMessagesAreDocumented(t *testing.T) {
+	sources, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, source := range sources {
+		if strings.HasSuffix(source, "_test.go") {
+			continue
+		}
+		for _, message := range harness.AllOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= (?:q\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
+			if slices.Contains([]string{"started", "ending", "Docker engine answers"}, message) {
+				continue
+			}
+			n++
+			start := regexp.MustCompile(`[:,]`).Split(message, 2)[0] // what follows is explained there
+			if !strings.Contains(harness.Section(t, "## Troubleshooting"), strings.TrimSpace(start)) {
+				t.Errorf("the README lacks %q", message)
+			}
+		}
+	}
+	if n < 15 {
+		t.Errorf("only %d messages found", n)
+	}
+}
+
+// The man page has each option with its text word for word as in --help, its examples, and what the code and the README say of
+// exit statuses, variables and files.
+func TestManPageSaysTheSame(t *testing.T) {
+	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(harness.ReadFile(t, "deploy/docker-stats-to-backstop.1"), "")
+	page = strings.NewReplacer(`\-`, "-", `\e`, `\`, `\(aq`, "'", `\[u2026]`, "…").Replace(page)
+	chapter := func(name string) string {
+		_, rest, found := strings.Cut(page, "\n.SH "+name+"\n")
+		if !found {
+			t.Fatalf("no %s", name)
+		}
+		text, _, _ := strings.Cut(rest, "\n.SH ")
+		return text
+	}
+	// entries returns what the chapter explains, and how, in its order.
+	entries := func(name string) (of []string, explained []string) {
+		for _, entry := range strings.Split(chapter(name), ".TP\n")[1:] {
+			title, text, _ := strings.Cut(entry, "\n")
+			of, explained = append(of, title), append(explained, oneLine(text))
+		}
+		return of, explained
+	}
+
+	help := usage()
+	examples, help, _ := strings.Cut(help, "\nOptions; ")
+	intro, options, _ := strings.Cut(help, "\n\n")
+	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
+	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can", "Each option can", 1) {
+		t.Errorf("it says %q of the options, --help %q", got, want)
+	}
+	var names, texts []string
+	for _, option := range regexp.MustCompile(`(?m)^  (--\S+)(?: +(SRV_[A-Z_]+))?`).FindAllStringSubmatch(options, -1) {
+		names = append(names, strings.TrimSuffix(option[1]+", "+option[2], ", "))
+	}
+	for _, text := range regexp.MustCompile(`(?m)^  --\S+(?: +SRV_[A-Z_]+)?`).Split(options, -1)[1:] {
+		texts = append(texts, oneLine(text))
+	}
+	of, explained := entries("OPTIONS")
+	if !slices.Equal(of, names) {
+		t.Fatalf("it has the options\n%q, --help has\n%q", of, names)
+	}
+	for i := range of {
+		if explained[i] != texts[i] {
+			t.Errorf("of %s it says\n%s\n--help says\n%s", of[i], explained[i], texts[i])
+		}
+	}
+	commands := func(pattern, text string) string {
+		return oneLine(strings.Join(harness.AllInOrder(pattern, text), "\n"))
+	}
+	if got, want := commands(`(?s)\.nf\n(.*?)\.fi`, chapter("EXAMPLES")), commands(`(?m)^    +(.*)$`, examples); got != want {
+		t.Errorf("its examples are\n%s\nthose of --help\n%s", got, want)
+	}
+
+	statuses, _ := entries("EXIT STATUS")
+	if want := append([]string{"0"}, harness.AllOf(`os\.Exit\((\d)\)`, harness.ReadFile(t, "main.go"))...); !slices.Equal(statuses, want) {
+		t.Errorf("it has the exit statuses %q, the code has %q", statuses, want)
+	}
+	readme := harness.ReadFile(t, "README.md")
+	variables, _ := entries("ENVIRONMENT")
+	for _, name := range harness.AllOf(`([A-Z_]+)`, strings.Join(variables, "\n")) {
+		if !strings.Contains(readme, name) {
+			t.Errorf("the README lacks %s", name)
+		}
+	}
+	// A path is one that a package brings, or the unit's folder.
+	packages := harness.ReadFile(t, "deploy/nfpm.yaml") + "/var/lib/" + strings.Join(harness.AllOf(`(?m)^StateDirectory=(.*)$`, harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")), "")
+	paths, _ := entries("FILES")
+	for _, path := range paths {
+		if !strings.Contains(packages, path) || !strings.Contains(readme, path) {
+			t.Errorf("there is no %s, or the README does not say so", path)
+		}
+	}
+}
+
+func TestScheduleIsAGrid(t *testing.T) {
+	s := schedule{every: time.Minute, offset: 7 * time.Second}
+	at := func(clock string) time.Time {
+		t.Helper()
+		at, err := time.Parse("15:04:05.999", clock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return at.AddDate(2026, 0, 0)
+	}
+	for _, test := range []struct{ now, want string }{
+		{"12:00:00", "12:00:07"},
+		{"12:00:06.999", "12:00:07"},
+		{"12:00:07", "12:01:07"},
+		{"12:00:59", "12:01:07"},
+	} {
+		if got := s.after(at(test.now)); !got.Equal(at(test.want)) {
+			t.Errorf("after %s comes %s, want %s", test.now, got, test.want)
+		}
+	}
+	if got := (schedule{every: time.Minute}).after(time.Unix(-90, 0)); !got.Equal(time.Unix(-60, 0)) {
+		t.Errorf("after -90 s comes %s", got) // a clock that was never set
+	}
+
+	for _, test := range []struct {
+		took time.Duration
+		want int
+	}{{0, 0}, {59 * time.Second, 0}, {60 * time.Second, 1}, {119 * time.Second, 1}, {150 * time.Second, 2}} {
+		if got := s.missed(at("12:00:07"), test.took); got != test.want {
+			t.Errorf("%s from a tick on, %d ticks are missed, want %d", test.took, got, test.want)
+		}
+	}
+
+	for _, test := range []struct{ why, tick, now, want string }{
+		{"as usual", "12:00:07", "12:00:09", "12:01:07"},
+		{"overrun", "12:00:07", "12:02:09", "12:03:07"},
+		{"the timer was early", "12:01:07", "12:01:06.999", "12:02:07"},
+		{"the clock was put back", "12:01:07", "11:30:00", "11:30:07"},
+	} {
+		if got := s.next(at(test.tick), at(test.now)); !got.Equal(at(test.want)) {
+			t.Errorf("%s: after %s at %s comes %s, want %s", test.why, test.tick, test.now, got, test.want)
+		}
+	}
+}
+
+func TestHostsArePlacedInTheFirstHalf(t *testing.T) {
+	quarters := [4]int{}
+	for i := range 200 {
+		host := "web" + strings.Repeat("x", i/10) + string(rune('0'+i%10))
+		s := newSchedule(time.Minute, host)
+		if s != newSchedule(time.Minute, host) {
+			t.Fatalf("%s has two places", host)
+		}
+		if s.offset < 0 || s.offset >= 30*time.Second {
+			t.Fatalf("%s has the offset %s", host, s.offset)
+		}
+		quarters[s.offset*4/(30*time.Second)]++
+	}
+	for i, n := range quarters {
+		if n < 25 { // of 50; a hash that is worth its name does not miss that
+			t.Errorf("%d of 200 hosts in quarter %d of the offsets", n, i)
+		}
+	}
+	newSchedule(time.Nanosecond, "h").after(time.Now()) // has no half
+}
+
+// In the time of synctest, which begins at midnight UTC.
+func TestPollKeepsToTheGrid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(3 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		s := schedule{every: time.Minute, offset: 10 * time.Second}
+		took := []time.Duration{time.Second, time.Second, 130 * time.Second, time.Second}
+		midnight := time.Now().Truncate(24 * time.Hour)
+		var starts []time.Duration
+		log := &harness.Log{}
+		poll(ctx, func() schedule { return s }, func(context.Context) {
+			starts = append(starts, time.Since(midnight))
+			time.Sleep(took[len(starts)-1])
+			if len(starts) == len(took) {
+				cancel()
+			}
+		}, log.Logger())
+		want := []time.Duration{3 * time.Second, 10 * time.Second, 70 * time.Second, 250 * time.Second}
+		for i := range want {
+			if starts[i] != want[i] {
+				t.Fatalf("sweeps at %v, want %v", starts, want)
+			}
+		}
+		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "took=2m10s poll=1m0s skipped=2") {
+			t.Errorf("logged: %s", got)
+		}
+	})
+}
+
+// A first sweep is on no tick, so that one may pass without anything being amiss.
+func TestPollDoesNotBlameTheFirstSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(59 * time.Second)
+		ctx, cancel := context.WithCancel(t.Context())
+		log, sweeps := &harness.Log{}, 0
+		poll(ctx, func() schedule { return schedule{every: time.Minute} }, func(context.Context) {
+			time.Sleep(2 * time.Second)
+			if sweeps++; sweeps == 2 {
+				cancel()
+			}
+		}, log.Logger())
+		if got := log.Take(); got != "" {
+			t.Errorf("logged: %s", got)
+		}
+	})
+}
+
+func TestErrorsOfOthersArePlain(t *testing.T) {
+	reset := func(port int) error {
+		return &url.Error{Op: "Get", URL: "http://engine/_ping", Err: fmt.Errorf("readLoop: %w", &net.OpError{
+			Op: "read", Net: "tcp", Err: errors.New("connection reset by peer"),
+			Source: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}, Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2375},
+		})}
+	}
+	// The same trouble has the same text, whatever port it met, so that it is logged once.
+	for _, port := range []int{58006, 58007} {
+		if got, want := plainly(t.Context(), reset(port)).Error(), "read tcp 127.0.0.1:2375: connection reset by peer"; got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	page := &docker.Error{Status: 502, Message: "<html>\n" + strings.Repeat("<p>Bad gateway</p>\n", 10_000)}
+	if got, want := plainly(t.Context(), page).Error(), "API error (502): <html>"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+	if plainly(t.Context(), nil) != nil || errorText(nil) != "" {
+		t.Error("there is an error where there is none")
+	}
+}
+
+func TestWhatMayBeSecretIsNotShown(t *testing.T) {
+	for text, want := range map[string]string{
+		"web":                      `"web"`,
+		"two\nlines":               `"two\nlines"`,
+		"https://h/publish/docker": "(not shown, as it may hold a password)",
+		"user:secret@h":            "(not shown, as it may hold a password)",
+	} {
+		if got := shown(text); got != want {
+			t.Errorf("%q is shown as %s", text, got)
+		}
+	}
 }

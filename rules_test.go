@@ -2,10 +2,13 @@ package main
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // The errors are all there is between a user and a dashboard that stays empty: each has to
@@ -152,5 +155,75 @@ func TestRulesOfAFile(t *testing.T) {
 		if _, err := parseRules("@" + path); err == nil || !strings.Contains(err.Error(), path) || !strings.HasSuffix(err.Error(), "@ and the path of a file that can be read is wanted") {
 			t.Errorf("@%s: %v", path, err)
 		}
+	}
+}
+
+// Each recipe does what it says. A row has a container's name, its labels, as key=value, or its image; a rule, or "the same" as above;
+// and the path that comes out, or none.
+func TestReadmeRecipes(t *testing.T) {
+	rows := regexp.MustCompile("(?m)^\\| ([^|]*`[^|]*) \\| (?:`([\\[{].*[\\]}])`|the same) \\| (?:`([^`]+)\\.\\*`|none) \\|$").FindAllStringSubmatch(harness.Section(t, "### Recipes"), -1)
+	if len(rows) != strings.Count(harness.Section(t, "### Recipes"), "\n| ")-2 {
+		t.Errorf("of the table's rows, only %d are understood", len(rows))
+	}
+	var rs rules
+	for _, row := range rows {
+		if row[2] != "" {
+			rs = mustRules(t, row[2])
+		}
+		ticked := harness.AllInOrder("`([^`]+)`", row[1])
+		s, host := subject{name: ticked[0], labels: map[string]string{}}, "h"
+		for _, text := range ticked[1:] {
+			if key, value, isLabel := strings.Cut(text, "="); isLabel {
+				s.labels[key] = value
+			} else if strings.Contains(text, "/") {
+				s.image = text
+			} else {
+				host = text
+			}
+		}
+		n := rs.apply(s, host)
+		if n.drop {
+			n.path = ""
+		}
+		if n.path != row[3] {
+			t.Errorf("%s makes %q of %+v, the README says %q", row[2], n.path, s, row[3])
+		}
+	}
+}
+
+// What the README has for a shell arrives as it should.
+func TestReadmeQuotingInAShell(t *testing.T) {
+	forms := harness.AllOf(`(--prefix='[^']+')`, harness.ReadFile(t, "README.md"))
+	if len(forms) < 2 {
+		t.Fatalf("only %q", forms)
+	}
+	for _, form := range forms {
+		if strings.Contains(form, `\\\\`) {
+			continue // a systemd unit's
+		}
+		got, err := exec.Command("sh", "-c", "printf %s "+form).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := parseRules(strings.TrimPrefix(string(got), "--prefix=")); err != nil {
+			t.Errorf("%s: %v", form, err)
+		}
+	}
+}
+
+// The same forms in the error text, the README and the file for the unit.
+func TestQuotingIsTheSameEverywhere(t *testing.T) {
+	readme := harness.ReadFile(t, "README.md")
+	forms := harness.AllOf(`((?:SRV_PREFIX=|--prefix=|)'[^']+')`, quoting)
+	if len(forms) != 3 {
+		t.Fatalf("forms %q", forms)
+	}
+	for _, form := range forms {
+		if !strings.Contains(readme, form) {
+			t.Errorf("the README lacks %s", form)
+		}
+	}
+	if !strings.Contains(harness.ReadFile(t, "deploy/docker-stats-to-backstop.default"), forms[2]) {
+		t.Errorf("the file for the systemd unit lacks %s", forms[2])
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // smallDisk mounts a disk of so many bytes in memory, and returns its folder.
@@ -22,7 +24,7 @@ func smallDisk(t *testing.T, size string) string {
 		t.Fatal(err)
 	}
 	if err := syscall.Mount("spool", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
-		cannot(t, "a disk of the test's own needs root: %v", err)
+		harness.Cannot(t, "a disk of the test's own needs root: %v", err)
 	}
 	t.Cleanup(func() {
 		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
@@ -74,7 +76,7 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	q, log := r.spooled(t, dir)
 	q.put(points(0, 100))
 	q.try(t)
-	log.take()
+	log.Take()
 	for i := 1; i < 40; i++ {
 		q.put(points(i*100, 100))
 	}
@@ -82,7 +84,7 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	if onDisk < 5 || onDisk > 15 {
 		t.Errorf("%d files", onDisk)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+	if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
 		!strings.Contains(got, "no space left on device") {
 		t.Errorf("logged %s", got)
 	}
@@ -100,14 +102,14 @@ func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	if n := len(files(t, dir)); n < onDisk-1 {
 		t.Errorf("only %d files; there were %d", n, onDisk)
 	}
-	if got := log.take(); got != "" {
+	if got := log.Take(); got != "" {
 		t.Errorf("logged %s", got)
 	}
 	for q.waiting() > 300 {
 		q.try(t)
 	}
 	q.put(points(4100, 100))
-	if got := log.take(); !strings.Contains(got, diskBack) {
+	if got := log.Take(); !strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
 	deliverAll(t, q)
@@ -130,7 +132,7 @@ func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
 	for i := range 3 {
 		q.put(points(3+i, 1))
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+	if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
 		!strings.Contains(got, "read-only file system") {
 		t.Errorf("logged %s", got)
 	}
@@ -147,7 +149,7 @@ func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
 	if n := len(files(t, dir)); n != 5 { // of 7, 2 were delivered
 		t.Errorf("%d files", n)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskBack) {
+	if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
 	deliverAll(t, q)
@@ -164,7 +166,7 @@ func TestSpoolIsNotPraisedUntried(t *testing.T) {
 	remount(t, dir, syscall.MS_RDONLY)
 	q.put(points(0, 1))
 	deliverAll(t, q)
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) {
+	if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) {
 		t.Errorf("logged %s", got)
 	}
 }
@@ -173,7 +175,7 @@ func TestSpoolIsNotPraisedUntried(t *testing.T) {
 func TestSpoolIsItsUsersOwn(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.Chown(dir, os.Geteuid()+1, -1); err != nil {
-		cannot(t, "a folder of another user's needs root: %v", err)
+		harness.Cannot(t, "a folder of another user's needs root: %v", err)
 	}
 	q, _ := (&receiver{}).queue(t)
 	if err := q.useSpool(&spool{dir: dir, log: q.queue.log}); err == nil ||
@@ -253,7 +255,7 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	r := &receiver{}
 	q, log := r.spooled(t, dir)
 	q.put(points(1, 1))
-	if got := log.take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
+	if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, diskTold) ||
 		!strings.Contains(got, "read-only file system") {
 		t.Errorf("logged %s", got)
 	}
@@ -262,7 +264,7 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	if n := len(files(t, dir)); n != 3 {
 		t.Errorf("%d files", n)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 2 ||
+	if got := log.Take(); strings.Count(got, "\n") != 2 ||
 		!strings.Contains(got, "metrics of an earlier run wait in the spool") ||
 		!strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
@@ -284,7 +286,7 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 			q.put(points(i, 1))
 		}
 		q.try(t)
-		log.take()
+		log.Take()
 		for _, name := range files(t, dir) {
 			makeUnreadable(t, filepath.Join(dir, name))
 		}
@@ -300,7 +302,7 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 			}
 			time.Sleep(time.Minute)
 		}
-		if got := log.take(); strings.Count(got, "it is set aside") != unreadable {
+		if got := log.Take(); strings.Count(got, "it is set aside") != unreadable {
 			t.Errorf("logged after %s\n%s", time.Since(begin), got)
 		}
 		q.close()
@@ -347,7 +349,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 		q.put(points(i, 1))
 	}
 	q.try(t)
-	log.take()
+	log.Take()
 	away := dir + " away"
 	if err := os.Rename(dir, away); err != nil {
 		t.Fatal(err)
@@ -374,7 +376,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	q.put(points(5, 1))
-	if got := log.take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) ||
+	if got := log.Take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) ||
 		!strings.Contains(got, diskBack) {
 		t.Errorf("logged %s", got)
 	}
@@ -418,7 +420,7 @@ func TestSpoolGivesUpInAbsence(t *testing.T) {
 	) {
 		t.Errorf("its own figures are %s with %d left, want %s", got, q.waiting(), want)
 	}
-	if got := log.take(); strings.Contains(got, "earlier run") {
+	if got := log.Take(); strings.Contains(got, "earlier run") {
 		t.Errorf("logged %s", got)
 	}
 	r := &receiver{}

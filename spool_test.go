@@ -18,6 +18,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // files returns what is in a folder but the lock.
@@ -69,7 +71,7 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 
 	r := &receiver{}
 	q, log := r.spooled(t, dir)
-	if got, want := log.take(), `level=INFO msg="metrics of an earlier run wait in the spool" metrics=5003 batches=3 since=2026-11-23T04:54:40Z`+"\n"; got != want {
+	if got, want := log.Take(), `level=INFO msg="metrics of an earlier run wait in the spool" metrics=5003 batches=3 since=2026-11-23T04:54:40Z`+"\n"; got != want {
 		t.Errorf("logged %swant %s", got, want)
 	}
 	own := asLines(q.own("h", time.Unix(1, 0)))
@@ -81,7 +83,7 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	if got := log.take(); !strings.HasPrefix(
+	if got := log.Take(); !strings.HasPrefix(
 		got,
 		`level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`,
 	) ||
@@ -151,7 +153,7 @@ func TestSpoolSurvivesTruncation(t *testing.T) {
 		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
 			t.Errorf("%d bytes: arrived %v", length, r.got)
 		}
-		if got := log.take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(
+		if got := log.Take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(
 			got,
 			`level=ERROR msg="a spooled file cannot be used; it is set aside" file=`+names[1]+`.bad metrics=3 error="not a whole gzip file: `,
 		) {
@@ -210,7 +212,7 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 		t.Error("no error for what was lost")
 	}
 	r.inOrder(t, 0, 4)
-	lines := log.take()
+	lines := log.Take()
 	for name := range bad {
 		if strings.Count(lines, "file="+name+".bad ") != 1 {
 			t.Errorf("%s is not told once:\n%s", name, lines)
@@ -258,7 +260,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 	if !slices.Equal(r.got, []int{0, 3}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); strings.Count(
+	if got := log.Take(); strings.Count(
 		got,
 		`level=ERROR msg="a file has gone from the spool, and its metrics with it" `,
 	) != 1 {
@@ -282,7 +284,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 		q.put(points(i, 1))
 	}
 	q.try(t)
-	log.take()
+	log.Take()
 	// Whatever is done with it fails from here on.
 	away := dir + " away"
 	if err := os.Rename(dir, away); err != nil {
@@ -305,7 +307,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if !slices.Equal(r.got, []int{3}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); strings.Count(got, "\n") != 1 ||
+	if got := log.Take(); strings.Count(got, "\n") != 1 ||
 		!strings.Contains(
 			got,
 			`msg="the spool cannot be used; metrics are kept in memory until it can" error=`,
@@ -320,7 +322,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
+	if got := log.Take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
 		strings.Contains(got, "ERROR") {
 		t.Errorf("logged\n%s", got)
 	}
@@ -347,7 +349,7 @@ func TestSpoolSurvivesTheWantOfDescriptors(t *testing.T) {
 		}
 		q.put(nil) // it works again
 	}
-	got := log.take()
+	got := log.Take()
 	for _, want := range []string{"the spool cannot be used", syscall.EMFILE.Error(), "the spool can be used again"} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %s in\n%s", want, got)
@@ -380,7 +382,7 @@ func TestSpoolNoticesAnotherDaemon(t *testing.T) {
 		if after := files(t, dir); !slices.Equal(after, before) {
 			t.Errorf("files %q, before %q", after, before)
 		}
-		if got := log.take(); strings.Count(got, "\n") != 1 ||
+		if got := log.Take(); strings.Count(got, "\n") != 1 ||
 			!strings.Contains(
 				got,
 				`msg="the spool cannot be used; metrics are kept in memory until it can" error="`,
@@ -457,7 +459,7 @@ func TestSpoolIsBounded(t *testing.T) {
 		for i := range 127 {
 			q.put(points(1+i, 1))
 		}
-		if got := log.take(); strings.Contains(got, "room") || usedBy(t, dir) != q.limit {
+		if got := log.Take(); strings.Contains(got, "room") || usedBy(t, dir) != q.limit {
 			t.Errorf("%d bytes of files, logged %s", usedBy(t, dir), got)
 		}
 		q.put(points(128, 1))
@@ -470,7 +472,7 @@ func TestSpoolIsBounded(t *testing.T) {
 				t.Fatalf("%d bytes of files", used)
 			}
 		}
-		if got := log.take(); strings.Count(got, "\n") != 1 ||
+		if got := log.Take(); strings.Count(got, "\n") != 1 ||
 			!strings.Contains(got, "no room for more metrics") {
 			t.Errorf("logged %s", got)
 		}
@@ -478,7 +480,7 @@ func TestSpoolIsBounded(t *testing.T) {
 		q.spool.close()
 		q, log = (&receiver{}).queue(t)
 		q.limit = 1 << 19
-		if err := q.useSpool(&spool{dir: dir, log: log.logger()}); err != nil {
+		if err := q.useSpool(&spool{dir: dir, log: log.Logger()}); err != nil {
 			t.Fatal(err)
 		}
 		if used := usedBy(t, dir); used != q.limit {
@@ -495,10 +497,10 @@ func TestSpoolHoldsADay(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	var metrics []metric
 	// As much as a container ever sends; see TestMetricsAreDocumented for where they come from.
-	names := allOf("(?m)^\\| `<c>\\.([^`<]+)`", readFile(t, "docs/metrics.md"))
+	names := harness.AllOf("(?m)^\\| `<c>\\.([^`<]+)`", harness.ReadFile(t, "docs/metrics.md"))
 	for i := range 100 {
 		for _, name := range names {
-			for _, name := range expand(name) {
+			for _, name := range harness.Expand(name) {
 				metrics = append(
 					metrics,
 					metric{
@@ -529,8 +531,8 @@ func BenchmarkDrain(b *testing.B) {
 	const sweeps, size = 24 * 60, 4000
 	url := os.Getenv("BENCH_BACKSTOP")
 	if url == "" {
-		s := newStandIn(b)
-		s.set("", answerWith(http.StatusOK, "ok"))
+		s := harness.NewStandIn(b)
+		s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
 		url = s.URL + "/publish/docker"
 	}
 	target := mustBackstop(b, url)

@@ -3,11 +3,16 @@ package main
 import (
 	"encoding/json"
 	"flag"
+	"math"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -187,10 +192,10 @@ func FuzzStats(f *testing.F) {
 			flat.addDecimal(".cpu.percent", percent)
 		}
 		for _, m := range flat.metrics {
-			if !goodName.MatchString(m.name()) || badEnd.MatchString(m.name()) {
+			if !harness.IsGoodName(m.name()) {
 				t.Errorf("the name %q", m.name())
 			}
-			if v := m.value.append(nil); !goodValue.Match(v) {
+			if v := m.value.append(nil); !harness.IsGoodValue(string(v)) {
 				t.Errorf("the value %s of %s", v, m.name())
 			}
 			if m.time < 0 {
@@ -201,4 +206,214 @@ func FuzzStats(f *testing.F) {
 			t.Errorf("the body %s", body)
 		}
 	})
+}
+
+// everyMetric returns the names of all metrics that the code can make.
+func everyMetric(t *testing.T) []string {
+	// An answer that has everything, of all kinds of engines at once
+	var s stats
+	fill(reflect.ValueOf(&s).Elem())
+	metrics := flattened(&s, origin{}, details{true, true, true})
+
+	// Two sweeps, for what needs a sample before, and for the host
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, 10*time.Second)
+	c.host, c.containers.rules = "h", mustRules(t, `{"regexp":"^fx-busy$","into":"c","category":"any"}`)
+	r.On("/containers/fx-busy/stats", r.Serve("stats-busy.json"))
+	c.sweep(t.Context())
+	r.On("/containers/fx-busy/stats", nil)
+	metrics = append(metrics, c.sweep(t.Context()).metrics...)
+	metrics = append(metrics, newQueue(minSpool, c.log).own("h", time.Now())...)
+
+	var names []string
+	for _, m := range metrics {
+		if name, ok := strings.CutPrefix(m.name(), "h."); ok {
+			names = append(names, strings.Replace("<h>."+name, "containers.any", "containers.<category>", 1))
+		} else if name, ok := strings.CutPrefix(m.name(), "c."); ok {
+			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.", ".<major>_<minor>.").Replace("<c>."+name))
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// fill sets everything in v to 1, or to one of its kind.
+func fill(v reflect.Value) {
+	switch v.Kind() {
+	case reflect.Pointer:
+		v.Set(reflect.New(v.Type().Elem()))
+		fill(v.Elem())
+	case reflect.Struct:
+		if v.Type() == reflect.TypeFor[time.Time]() {
+			v.Set(reflect.ValueOf(time.Unix(1795409680, 0)))
+			return
+		}
+		if v.Type() == reflect.TypeFor[count]() {
+			v.Set(reflect.ValueOf(counted(1)))
+			return
+		}
+		for i := range v.NumField() {
+			fill(v.Field(i))
+		}
+	case reflect.Slice:
+		v.Set(reflect.MakeSlice(v.Type(), 1, 1))
+		fill(v.Index(0))
+	case reflect.Map:
+		entry := reflect.New(v.Type().Elem()).Elem()
+		fill(entry)
+		v.Set(reflect.MakeMap(v.Type()))
+		v.SetMapIndex(reflect.ValueOf("if0"), entry)
+	case reflect.Uint64:
+		v.SetUint(1)
+	}
+}
+
+func TestMetricsAreDocumented(t *testing.T) {
+	var documented []string
+	for _, name := range harness.AllOf("(?m)^\\| `(<[ch]>[^`]+)`", harness.ReadFile(t, "docs/metrics.md")) {
+		documented = append(documented, harness.Expand(name)...)
+	}
+	slices.Sort(documented)
+	sent := everyMetric(t)
+	for _, name := range sent {
+		if !slices.Contains(documented, name) {
+			t.Errorf("docs/metrics.md lacks %s", name)
+		}
+	}
+	for _, name := range documented {
+		if !slices.Contains(sent, name) {
+			t.Errorf("docs/metrics.md has %s, which nothing sends", name)
+		}
+	}
+	// What the README shows of them has to be among them.
+	for _, name := range harness.AllOf("`(<[ch]>[^`*]+)`", harness.ReadFile(t, "README.md")) {
+		for _, name := range harness.Expand(name) {
+			if !slices.Contains(sent, name) {
+				t.Errorf("the README has %s, which nothing sends", name)
+			}
+		}
+	}
+}
+
+// oneContainer returns what is done for one container in each sweep, step by step.
+func oneContainer(t testing.TB) (decode, flatten, name, encoding func()) {
+	body, err := os.ReadFile("testdata/engine/cgroup1/stats-one-shot-busy.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := decodeStats(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f flattener
+	rs := mustRules(t, `{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}`)
+	who := subject{name: "my.container.name.x"}
+	decode = func() { decodeStats(body) }
+	flatten = func() {
+		f.metrics = f.metrics[:0]
+		s.flatten(&f, "my.name", origin{}, details{})
+	}
+	flatten()
+	name = func() { rs.apply(who, "h") }
+	encoding = func() { encode(f.metrics) }
+	return decode, flatten, name, encoding
+}
+
+// Names are made once in a container's life, and are not among the costs of a sweep.
+func TestAllocationsOfAContainer(t *testing.T) {
+	decode, flatten, _, encoding := oneContainer(t)
+	if n := testing.AllocsPerRun(100, func() { decode(); flatten(); encoding() }); n > 40 {
+		t.Errorf("%v allocations", n)
+	}
+	if n := testing.AllocsPerRun(100, flatten); n > 0 {
+		t.Errorf("%v allocations to flatten", n)
+	}
+}
+
+func BenchmarkContainer(b *testing.B) {
+	decode, flatten, name, encoding := oneContainer(b)
+	for _, step := range []struct {
+		name string
+		do   func()
+	}{{"decode", decode}, {"flatten", flatten}, {"name", name}, {"encode", encoding}} {
+		b.Run(step.name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				step.do()
+			}
+		})
+	}
+}
+
+func TestMetricOnTheWire(t *testing.T) {
+	m := metric{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}
+	if got, want := string(m.appendLine(nil)), "web.cpu.total 18446744073709551615 1795409680\n"; got != want {
+		t.Errorf("plaintext: %q, want %q", got, want)
+	}
+	p, _ := decimal(12.5)
+	body := encode([]metric{m, {"web.cpu", ".percent", p, 1795409681}})
+	if want := `[{"metric":"web.cpu.total","value":18446744073709551615,"measure_time":1795409680},{"metric":"web.cpu.percent","value":12.5,"measure_time":1795409681}]`; string(body) != want || !json.Valid(body) {
+		t.Errorf("JSON: %s, want %s", body, want)
+	}
+	if got := string(encode(nil)); got != "[]" {
+		t.Errorf("JSON of nothing: %s", got)
+	}
+}
+
+func TestDecimals(t *testing.T) {
+	for f, want := range map[float64]string{
+		0: "0", 1: "1", 0.0004: "0", 0.0005: "0.001", 0.001: "0.001", 0.01: "0.01", 0.1: "0.1", 29.9199: "29.92",
+		99.9996: "100", 1234567.8901: "1234567.89", 1e12: "1000000000000",
+	} {
+		v, ok := decimal(f)
+		if got := string(v.append(nil)); !ok || got != want {
+			t.Errorf("%v: %s %t, want %s", f, got, ok, want)
+		}
+	}
+	for _, f := range []float64{-1, math.NaN(), math.Inf(1), math.Inf(-1), 1e300} {
+		if v, ok := decimal(f); ok {
+			t.Errorf("%v was taken as %s", f, v.append(nil))
+		}
+	}
+}
+
+func TestDecodeUndoesEncode(t *testing.T) {
+	p, _ := decimal(12.5)
+	q, _ := decimal(0.001)
+	metrics := []metric{
+		{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}, {"web", ".cpu.percent", p, 1795409681}, {"", "a.b", q, 1}, {"", "a", whole(0), 9_999_999_999},
+	}
+	got, err := decode(encode(metrics))
+	if err != nil || asLines(got) != asLines(metrics) {
+		t.Errorf("%s %v, want %s", asLines(got), err, asLines(metrics))
+	}
+	for body, want := range map[string]string{
+		``:      "not metrics in JSON: ",
+		`[] []`: "not metrics in JSON: ",
+		`[1]`:   "not metrics in JSON: ",
+		`[{"metric":"a","value":1,"measure_time":1.5}]`:                  "not metrics in JSON: ",
+		`[{"metric":"a","value":1,"measure_time":1},{}]`:                 `item 2 is no metric: "" = "" at 0`,
+		`[{"metric":"a b","value":1,"measure_time":1}]`:                  `item 1 is no metric: "a b" = "1" at 1`,
+		`[{"metric":"a\nb.c 1 1","value":1,"measure_time":1}]`:           `item 1 is no metric: "a\nb.c 1 1" = "1" at 1`,
+		`[{"metric":"a..b","value":1,"measure_time":1}]`:                 `item 1 is no metric`,
+		`[{"metric":"a","value":-1,"measure_time":1}]`:                   `item 1 is no metric`,
+		`[{"metric":"a","value":1e9,"measure_time":1}]`:                  `item 1 is no metric`,
+		`[{"metric":"a","value":1.2345,"measure_time":1}]`:               `item 1 is no metric`,
+		`[{"metric":"a","value":1,"measure_time":0}]`:                    `item 1 is no metric`,
+		`[{"metric":"a","value":null,"measure_time":1}]`:                 `item 1 is no metric`,
+		`[{"metric":"a","value":99999999999999999999,"measure_time":1}]`: `item 1 is no metric`,
+	} {
+		if got, err := decode([]byte(body)); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: %v, error %v", body, got, err)
+		}
+	}
+}
+
+func TestLastOf(t *testing.T) {
+	metrics := []metric{{"", "a.b", whole(1), 1}, {"", "a.c", whole(2), 2}}
+	for n := range 3 {
+		if got, want := string(lastOf(encode(metrics[:n]))), string(encode(metrics[max(n-1, 0):n])); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
 }

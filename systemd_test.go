@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -13,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // What systemd hears of the daemon, from its start to its end.
@@ -44,8 +47,8 @@ func TestSystemdIsTold(t *testing.T) {
 		}
 	}
 
-	engine, s := newReplay(t, "cgroup2"), newStandIn(t)
-	s.set("", answerWith(503, ""))
+	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
+	s.Set("", harness.AnswerWith(503, ""))
 	var out bytes.Buffer
 	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker", "--poll=1s")
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(), "WATCHDOG_USEC=2000000")
@@ -59,10 +62,10 @@ func TestSystemdIsTold(t *testing.T) {
 	until("READY=1")
 	until("WATCHDOG=1")
 	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, answer 503 Service Unavailable`)
-	s.set("", nil)
+	s.Set("", nil)
 	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: empty`)
 	until("WATCHDOG=1")
-	engine.on("/containers/json", hang)
+	engine.On("/containers/json", harness.Hang)
 	until(`STATUS=last sweep: no answer within 900ms; queue: empty`)
 	if err := daemon.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
@@ -101,8 +104,8 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 		}
 	})
 	// Each answer is one.
-	r := newReplay(t, "cgroup2")
-	c, _ := r.collector(t, time.Minute)
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, time.Minute)
 	answers := 0
 	c.alive = func() { answers++ }
 	c.flow.limit = 1
@@ -112,10 +115,44 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 }
 
 func TestUnitHasAWatchdog(t *testing.T) {
-	unit := readFile(t, "deploy/docker-stats-to-backstop.service")
+	unit := harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")
 	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "WatchdogSignal=SIGKILL", "StateDirectory=" + program} {
 		if !strings.Contains(unit, "\n"+line+"\n") {
 			t.Errorf("the unit has no %s", line)
+		}
+	}
+}
+
+// systemd itself reads the unit, and the one in the README.
+func TestSystemdTakesTheUnits(t *testing.T) {
+	if _, err := exec.LookPath("systemd-analyze"); err != nil {
+		harness.Cannot(t, "no systemd-analyze: %v", err)
+	}
+	binary, err := exec.LookPath(program) // see testscript.Main
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, short, _ := strings.Cut(harness.Section(t, "## As a systemd service"), "\n    [Unit]")
+	short, _, _ = strings.Cut(short, "\n\nIn an")
+	for name, unit := range map[string]string{
+		"shipped": harness.ReadFile(t, "deploy/docker-stats-to-backstop.service"),
+		"short":   strings.ReplaceAll("[Unit]"+short, "\n    ", "\n"),
+	} {
+		dir := t.TempDir()
+		// It complains of a program that is not there, and a Docker that is not installed.
+		file := filepath.Join(dir, program+".service")
+		unit = strings.ReplaceAll(unit, "/usr/bin/"+program, binary)
+		if err := os.WriteFile(file, []byte(unit), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "docker.service"), []byte("[Service]\nExecStart=/bin/true\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		verify := exec.Command("systemd-analyze", "verify", file)
+		verify.Env = append(os.Environ(), fmt.Sprintf("SYSTEMD_UNIT_PATH=%s:", dir))
+		// What it says of other units, those of this machine, is not ours to mend.
+		if out, err := verify.CombinedOutput(); err != nil || strings.Contains(string(out), program) {
+			t.Errorf("%s: %v\n%s", name, err, out)
 		}
 	}
 }

@@ -40,7 +40,8 @@ func tasks(p *do.Project) {
 			fmt.Println("FAIL:", c.Error)
 			c.Error = nil
 		}
-	}).Src("../*.{go,mod,sum}", "../testdata/**").Desc("Vets and tests; watches testdata too")
+	}).Src("../*.{go,mod,sum}", "../testdata/**", "../deploy/**", "../script/**").
+		Desc("Vets and tests; watches what tests read, too")
 
 	p.Task("build", nil, func(c *do.Context) {
 		c.Run("CGO_ENABLED=0 go build -trimpath -o docker-stats-to-backstop .", top)

@@ -1,6 +1,6 @@
 //go:build linux
 
-package main
+package deploy_test
 
 import (
 	"bytes"
@@ -15,13 +15,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 	docker "github.com/fsouza/go-dockerclient"
 )
 
 // rulesOfProxy returns what deploy/haproxy.cfg lets through.
 func rulesOfProxy(t *testing.T) *regexp.Regexp {
 	t.Helper()
-	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(readFile(t, "deploy/haproxy.cfg"))
+	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(harness.ReadFile(t, "deploy/haproxy.cfg"))
 	if m == nil {
 		t.Fatal("deploy/haproxy.cfg has no rule")
 	}
@@ -30,12 +31,12 @@ func rulesOfProxy(t *testing.T) *regexp.Regexp {
 
 // Whatever it does, it only ever reads, and only what the rules for a proxy let through.
 func TestLiveOnlyReads(t *testing.T) {
-	real := usualEngine(t)
-	real.run(t, "old", "", docker.HostConfig{NetworkMode: "none"})
+	real := harness.Usual(t)
+	real.Run(t, "old", "", docker.HostConfig{NetworkMode: "none"})
 	allowed := rulesOfProxy(t)
 	var mu sync.Mutex
 	seen := map[string]bool{}
-	e := between(t, real, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+	e := harness.Between(t, real, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
 		mu.Lock()
 		seen[regexp.MustCompile(`[0-9a-f]{64}`).ReplaceAllString(r.URL.Path, "ID")] = true
 		mu.Unlock()
@@ -44,21 +45,21 @@ func TestLiveOnlyReads(t *testing.T) {
 		}
 		forward.ServeHTTP(w, r)
 	})
-	s := newStandIn(t)
+	s := harness.NewStandIn(t)
 	var out bytes.Buffer
-	daemon := exec.Command(program, "--docker="+e.address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
+	daemon := exec.Command(harness.Program, "--docker="+e.Address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
 	daemon.Stderr = &out
-	must(t, daemon.Start())
+	harness.Must(t, daemon.Start())
 	ended := make(chan error, 1)
 	go func() { ended <- daemon.Wait() }()
-	must(t, s.await(`^h\.metrics\.sampled `, 1, time.Minute))
-	real.run(t, "young", "", docker.HostConfig{NetworkMode: "none"})
-	must(t, s.await(`\.young\.cpu\.percent `, 1, time.Minute))
-	must(t, daemon.Process.Signal(os.Interrupt))
+	harness.Must(t, s.Await(`^h\.metrics\.sampled `, 1, time.Minute))
+	real.Run(t, "young", "", docker.HostConfig{NetworkMode: "none"})
+	harness.Must(t, s.Await(`\.young\.cpu\.percent `, 1, time.Minute))
+	harness.Must(t, daemon.Process.Signal(os.Interrupt))
 	if err := <-ended; err != nil {
 		t.Errorf("%v\n%s", err, out.String())
 	}
-	if text, err := exec.Command(program, "--docker="+e.address, "--check").CombinedOutput(); err != nil {
+	if text, err := exec.Command(harness.Program, "--docker="+e.Address, "--check").CombinedOutput(); err != nil {
 		t.Errorf("--check: %v\n%s", err, text)
 	}
 	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json", "/containers/ID/stats"} {
@@ -70,27 +71,27 @@ func TestLiveOnlyReads(t *testing.T) {
 
 // The proxy of deploy/ is enough for it, and for nothing else.
 func TestLiveBehindAProxy(t *testing.T) {
-	e := usualEngine(t)
-	if !strings.HasPrefix(e.address, "unix://") {
-		cannot(t, "the proxy is for an engine with a socket, not %s", e.address)
+	e := harness.Usual(t)
+	if !strings.HasPrefix(e.Address, "unix://") {
+		harness.Cannot(t, "the proxy is for an engine with a socket, not %s", e.Address)
 	}
-	id := e.run(t, "seen", "", docker.HostConfig{NetworkMode: "none"})
+	id := e.Run(t, "seen", "", docker.HostConfig{NetworkMode: "none"})
 	haproxy, err := exec.LookPath("haproxy")
 	if err != nil {
 		haproxy = "/usr/sbin/haproxy"
 	}
 	if _, err := os.Stat(haproxy); err != nil {
-		cannot(t, "no haproxy: %v", err)
+		harness.Cannot(t, "no haproxy: %v", err)
 	}
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
-	config := strings.NewReplacer("/run/docker-stats/docker.sock", socket, "/var/run/docker.sock", strings.TrimPrefix(e.address, "unix://")).
-		Replace(readFile(t, "deploy/haproxy.cfg"))
-	must(t, os.WriteFile(filepath.Join(dir, "cfg"), []byte(config), 0o600))
+	config := strings.NewReplacer("/run/docker-stats/docker.sock", socket, "/var/run/docker.sock", strings.TrimPrefix(e.Address, "unix://")).
+		Replace(harness.ReadFile(t, "deploy/haproxy.cfg"))
+	harness.Must(t, os.WriteFile(filepath.Join(dir, "cfg"), []byte(config), 0o600))
 	var out bytes.Buffer
 	proxy := exec.Command(haproxy, "-db", "-f", filepath.Join(dir, "cfg"))
 	proxy.Stderr = &out
-	must(t, proxy.Start())
+	harness.Must(t, proxy.Start())
 	t.Cleanup(func() {
 		proxy.Process.Kill()
 		proxy.Wait()
@@ -99,13 +100,13 @@ func TestLiveBehindAProxy(t *testing.T) {
 		}
 	})
 	behind, err := docker.NewClient("unix://" + socket)
-	must(t, err)
+	harness.Must(t, err)
 	for deadline := time.Now().Add(time.Minute); behind.Ping() != nil; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("haproxy does not answer")
 		}
 	}
-	lines, err := exec.Command(program, "--docker=unix://"+socket, "--once").Output()
+	lines, err := exec.Command(harness.Program, "--docker=unix://"+socket, "--once").Output()
 	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") || !strings.Contains(string(lines), ".seen.uptime ") || !strings.Contains(string(lines), ".containers.running ") {
 		t.Errorf("%v\n%s", err, lines)
 	}
@@ -116,9 +117,9 @@ func TestLiveBehindAProxy(t *testing.T) {
 		{"GET", "/containers/" + id + "%2Flogs"}, {"GET", "/secrets"}, {"HEAD", "/containers/json"}, {"GET", "/info/../containers/" + id + "/logs?stdout=1"},
 	} {
 		req, err := http.NewRequest(refused[0], "http://engine"+refused[1], nil)
-		must(t, err)
+		harness.Must(t, err)
 		resp, err := behind.HTTPClient.Do(req) // which dials the socket, whatever the host
-		must(t, err)
+		harness.Must(t, err)
 		io.Copy(io.Discard, resp.Body)
 		resp.Body.Close()
 		if resp.StatusCode != http.StatusForbidden {

@@ -1,28 +1,39 @@
 //go:build linux
 
-package main
+package script_test
 
 import (
 	"bufio"
-	"cmp"
+	"bytes"
+	"encoding/json"
+	"flag"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 	docker "github.com/fsouza/go-dockerclient"
+	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sync/errgroup"
 )
 
 // What a sweep costs, beside the floor: the same requests to the same engine, with their answers thrown away. script/bench
 // shows it.
+
+func TestMain(m *testing.M) {
+	testscript.Main(harness.Built{M: m}, map[string]func(){"floor": floor})
+}
 
 // costs are those of a process for a sweep.
 type costs struct {
@@ -103,14 +114,14 @@ func measure(b *testing.B, command *exec.Cmd, sweeps int, over, walls *regexp.Re
 }
 
 // crowd starts n real containers that do nothing.
-func (e *liveEngine) crowd(b *testing.B, n int) {
+func crowd(b *testing.B, e *harness.Engine, n int) {
 	var group errgroup.Group
 	group.SetLimit(4)
 	for i := range n {
 		name := fmt.Sprintf("dstb-bench-%d", i)
-		b.Cleanup(func() { e.remove(name) })
+		b.Cleanup(func() { e.Remove(name) })
 		group.Go(func() error {
-			c, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.image, Cmd: []string{"/busybox", "sleep", "100000"}}})
+			c, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100000"}}})
 			if err != nil {
 				return err
 			}
@@ -124,17 +135,17 @@ func (e *liveEngine) crowd(b *testing.B, n int) {
 
 // Five thousand containers that take their time need no more open files than there usually are.
 func TestFewOpenFiles(t *testing.T) {
-	binary, err := exec.LookPath(program) // see TestMain
+	binary, err := exec.LookPath(harness.Program) // see TestMain
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newStandIn(t)
-	address := replayCrowd(t, 5000, 300*time.Millisecond)
+	s := harness.NewStandIn(t)
+	address := harness.Crowd(t, 5000, 300*time.Millisecond)
 	out, err := exec.Command("sh", "-c", `ulimit -n 1024; exec "$0" "$@"`, binary, "--once", "--backstop="+s.URL+"/publish/docker", "--docker="+address).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("%v %.2000s", err, out)
 	}
-	if !strings.Contains(s.lines(), ".metrics.sampled 5000 ") {
+	if !strings.Contains(s.Lines(), ".metrics.sampled 5000 ") {
 		t.Error("not all of them were read")
 	}
 }
@@ -154,14 +165,14 @@ func switchesOf(pid int) (switches int) {
 
 // Between sweeps nothing wakes it up, nor does it ask for anything.
 func TestNothingHappensBetweenSweeps(t *testing.T) {
-	s := newStandIn(t)
-	daemon := exec.Command(program, "--backstop="+s.URL+"/publish/docker", "--docker="+replayCrowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+newDir(t))
+	s := harness.NewStandIn(t)
+	daemon := exec.Command(harness.Program, "--backstop="+s.URL+"/publish/docker", "--docker="+harness.Crowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+filepath.Join(t.TempDir(), "a", "spool"))
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer daemon.Wait()
 	defer daemon.Process.Kill()
-	if err := s.await(`^h\.metrics\.sampled `, 1, time.Minute); err != nil {
+	if err := s.Await(`^h\.metrics\.sampled `, 1, time.Minute); err != nil {
 		t.Fatal(err)
 	}
 	// What the runtime has to clear up after the sweep is done within seconds. Whatever came once a second would never let it rest.
@@ -179,69 +190,89 @@ func TestNothingHappensBetweenSweeps(t *testing.T) {
 }
 
 func BenchmarkAgainstTheFloor(b *testing.B) {
-	binary := filepath.Join(b.TempDir(), program)
+	// As it is released, and not with the race detector.
+	binary := filepath.Join(b.TempDir(), harness.Program)
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
+	build.Dir = harness.Top(b)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("%v %s", err, out)
 	}
-	floorBinary, err := exec.LookPath("floor") // see TestMain
-	if err != nil {
-		b.Fatal(err)
-	}
-	s := newStandIn(b)
-	s.set("", answerWith(http.StatusOK, "ok"))
+	s := harness.NewStandIn(b)
+	s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
 	var base costs
-	for _, size := range []struct {
-		name   string
-		n      int
-		sweeps int
-		poll   string
-		real   bool
-	}{{"real-100", 100, 8, "2s", true}, {"replayed-100", 100, 20, "500ms", false}, {"replayed-1000", 1000, 8, "2s", false}, {"replayed-5000", 5000, 4, "6s", false}} {
+	for _, size := range []benchSize{
+		{"real-100", 100, 8, "2s", true},
+		{"replayed-100", 100, 20, "500ms", false},
+		{"replayed-1000", 1000, 8, "2s", false},
+		{"replayed-5000", 5000, 4, "6s", false},
+	} {
 		b.Run(size.name, func(b *testing.B) {
-			var address string
-			var engine []int
-			if size.real {
-				e := connect(b, cmp.Or(os.Getenv("DOCKER_HOST"), "unix:///var/run/docker.sock"))
-				e.crowd(b, size.n)
-				address, engine = e.address, engineProcesses()
-			} else {
-				address = replayCrowd(b, size.n, 0)
-			}
-			var ours, least costs
-			var wall, cpu, theirs float64
-			for b.Loop() {
-				const rounds = 2
-				for range rounds {
-					least = measure(b, exec.Command(floorBinary, "--docker="+address, "--poll="+size.poll), size.sweeps,
-						regexp.MustCompile(`^[0-9.]+ns$`), regexp.MustCompile(`^([0-9.]+ns)$`), engine)
-					ours = measure(b, exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--docker="+address, "--poll="+size.poll, "--verbose"), size.sweeps,
-						regexp.MustCompile(`msg=delivered .*queue.metrics=0`), regexp.MustCompile(`msg=swept .*took=(\S+)`), engine)
-					wall += float64(ours.wall) / float64(least.wall) / rounds
-					cpu += float64(ours.cpu) / float64(least.cpu) / rounds
-					if least.engine > 0 {
-						theirs += float64(ours.engine) / float64(least.engine) / rounds
-					}
-				}
-			}
-			b.ReportMetric(0, "ns/op")
-			b.ReportMetric(float64(least.wall.Milliseconds()), "floor-ms")
-			b.ReportMetric(float64(ours.wall.Milliseconds()), "ms")
-			b.ReportMetric(wall, "x-wall")
-			b.ReportMetric(float64(ours.cpu.Microseconds())/1000, "cpu-ms")
-			b.ReportMetric(cpu, "x-cpu")
-			b.ReportMetric(float64(ours.peak)/1024, "MiB")
-			if size.real {
-				b.ReportMetric(theirs, "x-engine")
-			}
+			ours := size.compare(b, binary, "--backstop="+s.URL+"/publish/docker")
 			if size.name == "replayed-100" {
 				base = ours
 			} else if !size.real && base.cpu > 0 {
-				b.ReportMetric(float64(ours.cpu)/float64(size.n)/(float64(base.cpu)/100), "x-per-container")
+				each := float64(ours.cpu) / float64(size.n) / (float64(base.cpu) / 100)
+				b.ReportMetric(each, "x-per-container")
 			}
 		})
 	}
+}
+
+// benchSize is how much there is to sweep, and how often.
+type benchSize struct {
+	name   string
+	n      int
+	sweeps int
+	poll   string
+	real   bool
+}
+
+// compare runs the floor and the daemon by turns, reports what they cost, and returns the daemon's
+// costs.
+func (size benchSize) compare(b *testing.B, binary, backstop string) (ours costs) {
+	floorBinary, err := exec.LookPath("floor") // see TestMain
+	harness.Must(b, err)
+	var address string
+	var engine []int
+	if size.real {
+		e := harness.Usual(b)
+		crowd(b, e, size.n)
+		address, engine = e.Address, engineProcesses()
+	} else {
+		address = harness.Crowd(b, size.n, 0)
+	}
+	options := []string{"--docker=" + address, "--poll=" + size.poll}
+	ticked := regexp.MustCompile(`^([0-9.]+ns)$`)
+	delivered := regexp.MustCompile(`msg=delivered .*queue.metrics=0`)
+	swept := regexp.MustCompile(`msg=swept .*took=(\S+)`)
+	var least costs
+	var wall, cpu, theirs float64
+	for b.Loop() {
+		const rounds = 2
+		for range rounds {
+			command := exec.Command(floorBinary, options...)
+			least = measure(b, command, size.sweeps, ticked, ticked, engine)
+			command = exec.Command(binary, append(options, backstop, "--verbose")...)
+			ours = measure(b, command, size.sweeps, delivered, swept, engine)
+			wall += float64(ours.wall) / float64(least.wall) / rounds
+			cpu += float64(ours.cpu) / float64(least.cpu) / rounds
+			if least.engine > 0 {
+				theirs += float64(ours.engine) / float64(least.engine) / rounds
+			}
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(least.wall.Milliseconds()), "floor-ms")
+	b.ReportMetric(float64(ours.wall.Milliseconds()), "ms")
+	b.ReportMetric(wall, "x-wall")
+	b.ReportMetric(float64(ours.cpu.Microseconds())/1000, "cpu-ms")
+	b.ReportMetric(cpu, "x-cpu")
+	b.ReportMetric(float64(ours.peak)/1024, "MiB")
+	if size.real {
+		b.ReportMetric(theirs, "x-engine")
+	}
+	return ours
 }
 
 // engineProcesses returns those of the engine on this machine.
@@ -255,4 +286,63 @@ func engineProcesses() (pids []int) {
 		}
 	}
 	return pids
+}
+
+// floor is a command of its own, so that its costs can be told from all others: it asks the engine
+// for what a sweep asks, at each tick, throws the answers away, and writes how long that took, in ns.
+func floor() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(1) // as the daemon does, and for its reason
+	}
+	address := flag.String("docker", "", "")
+	poll := flag.Duration("poll", time.Second, "")
+	flag.Parse()
+	e := asking{http.Client{Transport: harness.Transport(*address)}}
+	// Without one-shot, an engine answers at its next tick, and all have to be asked at once.
+	query, concurrency := "/stats?stream=false", 512
+	version := e.ask("/_ping", io.Discard).Get("Api-Version")
+	if minor, err := strconv.Atoi(strings.TrimPrefix(version, "1.")); err == nil && minor >= 41 {
+		query, concurrency = query+"&one-shot=true", 16
+	}
+	var body bytes.Buffer
+	e.ask("/containers/json", &body)
+	var list []struct{ ID string }
+	exitOn(json.Unmarshal(body.Bytes(), &list))
+	for tick := time.Now(); ; tick = tick.Add(*poll) {
+		time.Sleep(time.Until(tick))
+		start := time.Now()
+		e.ask("/containers/json", io.Discard)
+		var wait sync.WaitGroup
+		wait.Go(func() { e.ask("/info", io.Discard) })
+		var stats errgroup.Group
+		stats.SetLimit(concurrency)
+		for _, container := range list {
+			stats.Go(func() error {
+				e.ask("/containers/"+container.ID+query, io.Discard)
+				return nil
+			})
+		}
+		stats.Wait()
+		wait.Wait()
+		fmt.Printf("%dns\n", time.Since(start).Nanoseconds())
+	}
+}
+
+// asking is a client of an engine that ends the process where there is no answer.
+type asking struct{ http.Client }
+
+func (a *asking) ask(path string, into io.Writer) http.Header {
+	resp, err := a.Get("http://engine" + path)
+	exitOn(err)
+	defer resp.Body.Close()
+	_, err = io.Copy(into, resp.Body)
+	exitOn(err)
+	return resp.Header
+}
+
+func exitOn(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 }

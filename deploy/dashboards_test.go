@@ -1,4 +1,4 @@
-package main
+package deploy_test
 
 import (
 	"encoding/json"
@@ -6,12 +6,13 @@ import (
 	"io/fs"
 	"net/url"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
 // dashboards says for each file of queries how their paths begin, and what docs/metrics.md writes for that; the longer ones first.
@@ -49,8 +50,8 @@ type contract struct{ kind, unit string }
 func contracts(t *testing.T) map[string]contract {
 	t.Helper()
 	all := map[string]contract{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, ([^|]+))? \\|").FindAllStringSubmatch(readFile(t, "docs/metrics.md"), -1) {
-		for _, name := range expand(row[1]) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, ([^|]+))? \\|").FindAllStringSubmatch(harness.ReadFile(t, "docs/metrics.md"), -1) {
+		for _, name := range harness.Expand(row[1]) {
 			all[name] = contract{row[2], row[3]}
 		}
 	}
@@ -136,7 +137,7 @@ type queryCheck struct {
 func (q *queryCheck) names(path string) ([]string, error) {
 	for _, begin := range q.begins {
 		if rest, ok := strings.CutPrefix(path, begin[0]); ok {
-			names := expand(begin[1] + rest)
+			names := harness.Expand(begin[1] + rest)
 			for _, name := range names {
 				if _, ok := q.metrics[name]; !ok {
 					return nil, fmt.Errorf("%s: docs/metrics.md has no %s", path, name)
@@ -203,7 +204,7 @@ func (q *queryCheck) unit(e expression, within string) (string, error) {
 // readJSON reads a file into what into points to. What the type has no field for is not looked at.
 func readJSON(t *testing.T, file string, into any) {
 	t.Helper()
-	if err := json.Unmarshal([]byte(readFile(t, file)), into); err != nil {
+	if err := json.Unmarshal([]byte(harness.ReadFile(t, file)), into); err != nil {
 		t.Fatalf("%s: %v", file, err)
 	}
 }
@@ -338,7 +339,7 @@ func TestDashboardsKeepToTheContract(t *testing.T) {
 			t.Errorf("%s: %d queries in its graphs, %d in all", file, queries, len(all))
 		}
 		for _, names := range needed[file] {
-			for _, name := range expand(names) {
+			for _, name := range harness.Expand(names) {
 				if !q.used[name] {
 					t.Errorf("%s does not show %s", file, name)
 				}
@@ -366,7 +367,7 @@ func TestDashboardLegends(t *testing.T) {
 				find := regexp.MustCompile(strings.ReplaceAll(e.args[1].literal, "$prefix", "docker"))
 				to := regexp.MustCompile(`\\(\d)`).ReplaceAllString(e.args[2].literal, "$${$1}")
 				path := strings.NewReplacer("$prefix", "docker", "$host.**", "web1.web", "**", "web1.web").Replace(e.paths()[0])
-				all := expand(path)
+				all := harness.Expand(path)
 				for _, path := range all {
 					want := "web1.web"
 					if len(all) > 1 {
@@ -525,13 +526,14 @@ func TestGraphiteDashboardIsWhole(t *testing.T) {
 
 // The README shows the pictures that there are, and none weighs much.
 func TestReadmePictures(t *testing.T) {
-	shown := allOf(`!\[[^]]+\]\((deploy/pictures/[^)]+)\)`, readFile(t, "README.md"))
-	there, err := filepath.Glob("deploy/pictures/*")
+	shown := harness.AllOf(`!\[[^]]+\]\((deploy/pictures/[^)]+)\)`, harness.ReadFile(t, "README.md"))
+	files := os.DirFS(harness.Top(t))
+	there, err := fs.Glob(files, "deploy/pictures/*")
 	if err != nil || len(there) < 2 || !slices.Equal(shown, there) {
 		t.Errorf("the README shows %q, there are %q, %v", shown, there, err)
 	}
 	for _, file := range there {
-		if info, err := fs.Stat(os.DirFS("."), file); err != nil || info.Size() > 40<<10 {
+		if info, err := fs.Stat(files, file); err != nil || info.Size() > 40<<10 {
 			t.Errorf("%s: %v, more than 40 KB", file, err)
 		}
 	}
@@ -540,10 +542,10 @@ func TestReadmePictures(t *testing.T) {
 // Whoever comes from another tool is told of metrics that there are.
 func TestMigrationNamesMetrics(t *testing.T) {
 	metrics := contracts(t)
-	named := allOf("`(<[ch]>\\.[^`]+)`", readFile(t, "docs/migration.md"))
+	named := harness.AllOf("`(<[ch]>\\.[^`]+)`", harness.ReadFile(t, "docs/migration.md"))
 	n := 0
 	for _, names := range named {
-		for _, name := range expand(names) {
+		for _, name := range harness.Expand(names) {
 			n++
 			if _, ok := metrics[name]; !ok {
 				t.Errorf("docs/migration.md has %s, docs/metrics.md has not", name)
