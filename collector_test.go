@@ -76,7 +76,8 @@ func TestHostName(t *testing.T) {
 	r := harness.NewReplay(t, "cgroup2")
 	c, _ := collecting(t, r.URL, 10*time.Second)
 	c.host = "web1.example.com"
-	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines,
+		"\nweb1_example_com.containers.total 6 ") {
 		t.Errorf("--host made\n%s", lines)
 	}
 }
@@ -93,15 +94,19 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 	for range 2 {
 		result := c.sweep(t.Context())
 		lines := asLines(result.metrics)
-		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") || strings.Contains(lines, ".containers.paused ") || !strings.Contains(lines, "\nfx-two.uptime ") {
+		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") ||
+			strings.Contains(lines, ".containers.paused ") || !strings.Contains(lines, "\nfx-two.uptime ") {
 			t.Errorf("without /info it is %v\n%s", result.err, lines)
 		}
 	}
-	if got := log.Take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+` error="API error (403): no"`) {
+	if got := log.Take(); strings.Count(got, "level=WARN") != 1 ||
+		!strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+
+			` error="API error (403): no"`) {
 		t.Errorf("logged %s", got)
 	}
 	r.On("/info", nil)
-	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nvmtest.containers.paused 1 ") {
+	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines,
+		"\nvmtest.containers.paused 1 ") {
 		t.Errorf("with /info again it is\n%s", lines)
 	}
 }
@@ -144,11 +149,16 @@ func TestCollisions(t *testing.T) {
 		collisions int
 		log        string
 	}{
-		{"at first it is the oldest", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20), listed("db-1", 50)}, "web-2 db-1", 1,
-			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-3 other=web-2 metrics=web` + "\n"},
-		{"once is enough to say it", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20)}, "web-2", 1, ""},
-		{"then it is the one that has it", []docker.APIContainers{listed("web-1", 10), listed("web-2", 20)}, "web-2", 1,
-			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
+		{"at first it is the oldest", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20),
+			listed("db-1", 50)}, "web-2 db-1", 1,
+			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix ` +
+				`can tell them apart" container=web-3 other=web-2 metrics=web` + "\n"},
+		{"once is enough to say it", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20)},
+			"web-2", 1, ""},
+		{"then it is the one that has it", []docker.APIContainers{listed("web-1", 10),
+			listed("web-2", 20)}, "web-2", 1,
+			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix ` +
+				`can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
 		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
 	} {
 		now := c.remember(test.list, nil, "h", time.Now())
@@ -191,15 +201,21 @@ func TestImages(t *testing.T) {
 	}
 
 	c, log := collecting(t, r.URL, 10*time.Second)
-	c.containers.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"","category":"other"}]`)
+	c.containers.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},`+
+		`{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"",`+
+		`"category":"other"}]`)
 	first := c.sweep(t.Context())
-	if got := fmt.Sprint(first.failed, " ", c.containers.holders["fx-idle"].category, c.containers.holders["fx-two"]); got != "1 bb<nil>" {
+	if got := fmt.Sprint(first.failed, " ", c.containers.holders["fx-idle"].category,
+		c.containers.holders["fx-two"]); got != "1 bb<nil>" {
 		t.Errorf("got %s", got)
 	}
-	if got, want := log.Take(), `level=ERROR msg="container cannot be read" container=fx-two error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
+	if got, want := log.Take(), `level=ERROR msg="container cannot be read" container=fx-two `+
+		`error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
 		t.Errorf("logged %s", got)
 	}
-	if lines := asLines(first.metrics); !strings.Contains(lines, "vmtest.containers.bb 5 ") || !strings.Contains(lines, "vmtest.containers.other 0 ") || !strings.Contains(lines, "vmtest.containers.total 6 ") {
+	if lines := asLines(first.metrics); !strings.Contains(lines, "vmtest.containers.bb 5 ") ||
+		!strings.Contains(lines, "vmtest.containers.other 0 ") ||
+		!strings.Contains(lines, "vmtest.containers.total 6 ") {
 		t.Errorf("figures\n%s", lines)
 	}
 	c.sweep(t.Context())
@@ -214,10 +230,14 @@ func TestImages(t *testing.T) {
 		}
 	}
 	// Once for the image, once for the uptime
-	if got := slices.DeleteFunc(inspected(), func(name string) bool { return name != "fx-two" && name != "fx-idle" }); !slices.Equal(got, []string{"fx-two", "fx-two"}) {
+	if got := slices.DeleteFunc(inspected(), func(name string) bool {
+		return name != "fx-two" &&
+			name != "fx-idle"
+	}); !slices.Equal(got, []string{"fx-two", "fx-two"}) {
 		t.Errorf("inspected %q", got)
 	}
-	if got := log.Take(); strings.Count(got, `level=INFO msg="container can be read again" container=fx-two`) != 1 {
+	if got := log.Take(); strings.Count(got,
+		`level=INFO msg="container can be read again" container=fx-two`) != 1 {
 		t.Errorf("logged %s", got)
 	}
 
@@ -225,18 +245,21 @@ func TestImages(t *testing.T) {
 	c, _ = collecting(t, r.URL, 10*time.Second)
 	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{}`))
 	list0, _, err := c.list(t.Context())
-	if failed := c.containers.findImages(t.Context(), c.engine, list0); err != nil || len(failed) != 0 || len(inspected()) != 0 {
+	if failed := c.containers.findImages(t.Context(), c.engine, list0); err != nil || len(failed) != 0 ||
+		len(inspected()) != 0 {
 		t.Errorf("%v, %v", failed, err)
 	}
 }
 
 // A host that comes to be known by another name is so in ${host}.
 func TestHostInPaths(t *testing.T) {
-	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`), (&harness.Log{}).Logger())
+	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`),
+		(&harness.Log{}).Logger())
 	list := []docker.APIContainers{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
 		c.engineName = host
-		if now := c.containers.remember(list, nil, c.hostName(), time.Now()); len(now.asked) != 1 || now.asked[0].path != graphiteNode(host)+".web" {
+		if now := c.containers.remember(list, nil, c.hostName(), time.Now()); len(now.asked) != 1 ||
+			now.asked[0].path != graphiteNode(host)+".web" {
 			t.Errorf("on %s: %+v", host, now.asked[0])
 		}
 	}
@@ -249,21 +272,49 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		log    string
 		failed int
 	}{
-		"hangs":           {harness.Hang, `level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
-		"is not JSON":     {harness.AnswerWith(200, `<html>`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '<' looking for beginning of value"`, 1},
-		"is cut":          {harness.AnswerWith(200, `{"read":"2026-11-23T`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: unexpected end of JSON input"`, 1},
-		"has a wrong one": {harness.AnswerWith(200, `{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number -1 for memory_stats.usage"`, 1},
-		"is huge":         {harness.AnswerWith(200, strings.Repeat(" ", 50<<20)), `level=ERROR msg="container cannot be read" container=fx-two error="the answer has over 2097152 bytes"`, 1},
-		"is deep":         {harness.AnswerWith(200, `{"read":`+strings.Repeat("[", 20_000)), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not JSON: invalid character '[' exceeded max depth"`, 1},
-		"has a huge one":  {harness.AnswerWith(200, `{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
-		"has no time":     {harness.AnswerWith(200, `{"message":"oops"}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no time of reading"`, 1},
-		"is an array":     {harness.AnswerWith(200, `[]`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a JSON array, not an object"`, 1},
-		"hangs up":        {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
-		"fails":           {harness.AnswerWith(500, `{"message":"device or resource busy"}`), `level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device or resource busy"`, 1},
-		"has time 0":      {harness.AnswerWith(200, `{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`, 1},
-		"stopped":         {harness.AnswerWith(200, `{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"stopped, Podman": {harness.AnswerWith(200, ``), `level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"was removed":     {harness.AnswerWith(404, `{}`), `level=INFO msg="container is gone" container=fx-two reason="No such container: dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
+		"hangs": {harness.Hang,
+			`level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
+		"is not JSON": {harness.AnswerWith(200, `<html>`),
+			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
+				`JSON: invalid character '<' looking for beginning of value"`, 1},
+		"is cut": {harness.AnswerWith(200, `{"read":"2026-11-23T`),
+			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
+				`JSON: unexpected end of JSON input"`, 1},
+		"has a wrong one": {harness.AnswerWith(200,
+			`{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container ` +
+			`cannot be read" container=fx-two error="its stats answer has number -1 for ` +
+			`memory_stats.usage"`, 1},
+		"is huge": {harness.AnswerWith(200, strings.Repeat(" ", 50<<20)),
+			`level=ERROR msg="container cannot be read" container=fx-two error="the answer has over ` +
+				`2097152 bytes"`, 1},
+		"is deep": {harness.AnswerWith(200, `{"read":`+strings.Repeat("[", 20_000)),
+			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
+				`JSON: invalid character '[' exceeded max depth"`, 1},
+		"has a huge one": {harness.AnswerWith(200,
+			`{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
+		"has no time": {harness.AnswerWith(200, `{"message":"oops"}`),
+			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no ` +
+				`time of reading"`, 1},
+		"is an array": {harness.AnswerWith(200, `[]`),
+			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a ` +
+				`JSON array, not an object"`, 1},
+		"hangs up": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+			`level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
+		"fails": {harness.AnswerWith(500, `{"message":"device or resource busy"}`),
+			`level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device ` +
+				`or resource busy"`, 1},
+		"has time 0": {harness.AnswerWith(200,
+			`{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container ` +
+			`cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 ` +
+			`UTC"`, 1},
+		"stopped": {harness.AnswerWith(200,
+			`{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is ` +
+			`gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"stopped, Podman": {harness.AnswerWith(200, ``),
+			`level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
+		"was removed": {harness.AnswerWith(404, `{}`),
+			`level=INFO msg="container is gone" container=fx-two reason="No such container: ` +
+				`dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
 	} {
 		t.Run(why, func(t *testing.T) {
 			t.Parallel()
@@ -282,7 +333,8 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 				}
 				lines := asLines(result.metrics)
 				for _, name := range []string{"idle", "busy", "host", "paused", "web"} {
-					if got, want := strings.Count(lines, "fx-"+name+"."), strings.Count(asLines(well.metrics), "fx-"+name+"."); got < want {
+					if got, want := strings.Count(lines, "fx-"+name+"."), strings.Count(asLines(well.metrics),
+						"fx-"+name+"."); got < want {
 						t.Errorf("it cost fx-%s %d of its %d metrics", name, want-got, want)
 					}
 				}
@@ -295,11 +347,14 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			}
 
 			r.On("/containers/fx-two/stats", nil)
-			if lines := asLines(c.sweep(t.Context()).metrics); strings.Count(lines, "fx-two.") < strings.Count(asLines(well.metrics), "fx-two.") {
+			if lines := asLines(c.sweep(t.Context()).metrics); strings.Count(lines,
+				"fx-two.") < strings.Count(asLines(well.metrics), "fx-two.") {
 				t.Errorf("well again, there is\n%s", lines)
 			}
 			got := log.Take()
-			if test.failed > 0 && got != "level=INFO msg=\"container can be read again\" container=fx-two\n" || test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
+			if test.failed > 0 &&
+				got != "level=INFO msg=\"container can be read again\" container=fx-two\n" ||
+				test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
 				t.Errorf("well again, it logged %s", got)
 			}
 		})
@@ -315,7 +370,8 @@ func TestStoppedIsNotAFailure(t *testing.T) {
 	if result := c.sweep(t.Context()); result.failed != 0 {
 		t.Errorf("%d failed", result.failed)
 	}
-	if got := log.Take(); strings.Contains(got, "ERROR") || !strings.Contains(got, `container=fx-two reason="it stopped`) {
+	if got := log.Take(); strings.Contains(got, "ERROR") ||
+		!strings.Contains(got, `container=fx-two reason="it stopped`) {
 		t.Errorf("logged %s", got)
 	}
 }
@@ -325,7 +381,8 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 	c, log := collecting(t, r.URL, 10*time.Second)
 	hangUp := func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
 	down := func() {
-		for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/fx-two/stats", "/containers/fx-idle/stats"} {
+		for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/fx-two/stats",
+			"/containers/fx-idle/stats"} {
 			r.On(path, hangUp)
 		}
 	}
@@ -345,13 +402,16 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 			}
 		}
 	}
-	const fails, answers = `level=ERROR msg="Docker engine does not answer" error=EOF`, `level=INFO msg="Docker engine answers"`
+	const fails, answers = `level=ERROR msg="Docker engine does not answer" error=EOF`,
+		`level=INFO msg="Docker engine answers"`
 	down()
 	expect("down at the start", false, fails)
 	expect("still down", false)
 	up()
 	r.Is("1.40")
-	expect("up", true, answers+` engine="Docker/20.10.24 (linux)" api=1.40 one_shot=false`, "container is gone") // fx-web, see replay
+	// fx-web, see replay
+	expect("up", true, answers+` engine="Docker/20.10.24 (linux)" api=1.40 one_shot=false`,
+		"container is gone")
 	expect("still up", true)
 	r.Is("1.43") // upgraded between two polls
 	expect("upgraded, not yet noticed", true)
@@ -362,10 +422,12 @@ func TestEngineThatComesAndGoes(t *testing.T) {
 	r.Is("1.41") // it was upgraded
 	expect("up again", true, answers+` engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true`)
 
-	// Down in the middle of a sweep: that is the engine's trouble, no container's. What was read counts.
+	// Down in the middle of a sweep: that is the engine's trouble, no container's. What was read
+	// counts.
 	down()
 	r.On("/containers/json", nil)
-	if result := c.sweep(t.Context()); result.err == nil || !strings.Contains(asLines(result.metrics), "fx-busy.cpu.total") {
+	if result := c.sweep(t.Context()); result.err == nil || !strings.Contains(asLines(result.metrics),
+		"fx-busy.cpu.total") {
 		t.Errorf("down in the middle: %v", result.err)
 	}
 	if got := log.Take(); got != fails+"\n" {
@@ -425,7 +487,8 @@ func TestAllAreAskedSideBySide(t *testing.T) {
 // An engine's clock can be ahead of ours.
 func TestUptimeIsNeverNegative(t *testing.T) {
 	r := harness.NewReplay(t, "cgroup2")
-	r.On("/containers/fx-two/json", harness.AnswerWith(200, `{"State":{"Running":true,"StartedAt":"2300-01-01T00:00:00Z"}}`))
+	r.On("/containers/fx-two/json",
+		harness.AnswerWith(200, `{"State":{"Running":true,"StartedAt":"2300-01-01T00:00:00Z"}}`))
 	c, _ := collecting(t, r.URL, 10*time.Second)
 	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines, "\nfx-two.uptime 0 ") {
 		t.Errorf("got\n%s", lines)
@@ -488,7 +551,8 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	status := "Up Less than a second"
 	inspected := func(at time.Time) bool {
 		t.Helper()
-		asked := c.containers.remember([]docker.APIContainers{{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}}, nil, "h", at).asked
+		listed := docker.APIContainers{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}
+		asked := c.containers.remember([]docker.APIContainers{listed}, nil, "h", at).asked
 		known := asked[0]
 		if known.restarted {
 			known.startedAt = at
@@ -525,8 +589,11 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 		t.Errorf("the first sweep asked %s", asked) // the list and an inspect each
 	}
 	lines := asLines(c.sweep(t.Context()).metrics)
-	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats /containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats /containers/json /info"
-	if asked := strings.ReplaceAll(strings.Join(r.Questions(), " "), "?stream=false&one-shot=true", ""); asked != want {
+	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats " +
+		"/containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats " +
+		"/containers/json /info"
+	if asked := strings.ReplaceAll(strings.Join(r.Questions(), " "), "?stream=false&one-shot=true",
+		""); asked != want {
 		t.Errorf("the second sweep asked %s, want %s", asked, want)
 	}
 	if strings.Count(lines, ".uptime ") != 5 {
@@ -554,14 +621,17 @@ func TestContainerName(t *testing.T) {
 	}
 	// Entries without one, or there twice, are left out: they could not be told apart.
 	c := &containers{log: (&harness.Log{}).Logger()}
-	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}}, {ID: "2", Names: []string{"/b"}}}
-	if now := c.remember(list, nil, "h", time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" || now.collisions != 0 {
+	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}},
+		{ID: "2", Names: []string{"/b"}}}
+	if now := c.remember(list, nil, "h", time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" ||
+		now.collisions != 0 {
 		t.Errorf("remembered %v, %d collisions", now.asked, now.collisions)
 	}
 }
 
-// BenchmarkSweep is a whole sweep, from the list to the accepted POST, of an engine that answers at once. The engine and
-// the stand-in are in the same process: see BenchmarkAgainstTheFloor for what is ours. Its use is the profile.
+// BenchmarkSweep is a whole sweep, from the list to the accepted POST, of an engine that answers at
+// once. The engine and the stand-in are in the same process: see BenchmarkAgainstTheFloor for what
+// is ours. Its use is the profile.
 func BenchmarkSweep(b *testing.B) {
 	const n = 1000
 	e, err := newEngine(harness.Crowd(b, n, 0), 10*time.Second)
@@ -610,7 +680,8 @@ func (c *calls) do(i int) {
 
 func TestFlow(t *testing.T) {
 	atOnce := func(int) time.Duration { return 3 * time.Millisecond }
-	// As an engine with a collector that runs every second; a sweep begins at some time between two of its ticks.
+	// As an engine with a collector that runs every second; a sweep begins at some time between two of
+	// its ticks.
 	atTick := func(int) time.Duration { return time.Until(time.Now().Truncate(time.Second).Add(time.Second)) }
 	oneHangs := func(i int) time.Duration {
 		if i == 3 {
@@ -629,8 +700,10 @@ func TestFlow(t *testing.T) {
 	}{
 		{"at once", atOnce, 0, 1000, 0, fewInFlight, 200 * time.Millisecond, 200 * time.Millisecond},
 		{"at its tick", atTick, 0, 300, 300 * time.Millisecond, 300, time.Second, time.Second},
-		{"at its tick, which is near", atTick, 0, 300, 970 * time.Millisecond, 300, time.Second, 2 * time.Second},
-		{"at its tick, many", atTick, 0, 1000, 300 * time.Millisecond, maxInFlight, 2 * time.Second, 2 * time.Second},
+		{"at its tick, which is near", atTick, 0, 300, 970 * time.Millisecond, 300, time.Second,
+			2 * time.Second},
+		{"at its tick, many", atTick, 0, 1000, 300 * time.Millisecond, maxInFlight, 2 * time.Second,
+			2 * time.Second},
 		{"one hangs", oneHangs, 0, 1000, 0, fewInFlight, 10 * time.Second, 10 * time.Second},
 		{"as it is told", atTick, 50, 100, 300 * time.Millisecond, 50, 2 * time.Second, 2 * time.Second},
 		{"one at a time", atOnce, 1, 10, 0, 1, 30 * time.Millisecond, 30 * time.Millisecond},
@@ -663,8 +736,8 @@ func TestFlow(t *testing.T) {
 	}
 }
 
-// An engine that was upgraded, and answers at once now, is not asked by crowds for ever; and one whose tick comes right after the beginning
-// of each sweep is not taken for such a one.
+// An engine that was upgraded, and answers at once now, is not asked by crowds for ever; and one
+// whose tick comes right after the beginning of each sweep is not taken for such a one.
 func TestFlowComesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var f flow

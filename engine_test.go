@@ -26,7 +26,8 @@ import (
 
 // noDockerEnv makes the environment one in which nobody has set up the docker command.
 func noDockerEnv(t *testing.T) {
-	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH", "DOCKER_CONFIG"} {
+	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH",
+		"DOCKER_CONFIG"} {
 		t.Setenv(name, "")
 	}
 }
@@ -53,7 +54,8 @@ func TestEngineAddresses(t *testing.T) {
 	}
 
 	for _, test := range []struct{ endpoint, want string }{
-		{"docker.sock", "no scheme in it; want one such as unix:///var/run/docker.sock or tcp://host:2375"},
+		{"docker.sock", "no scheme in it; want one such as unix:///var/run/docker.sock or " +
+			"tcp://host:2375"},
 		{"docker:2375", `cannot speak docker://; want unix://, tcp://, http:// or https://`},
 		{"unix://docker.sock", "a unix socket needs an absolute path, with three slashes"},
 		{"unix://", "a unix socket needs an absolute path"},
@@ -64,21 +66,25 @@ func TestEngineAddresses(t *testing.T) {
 		{"http://u:secret@%zz", "not a URL; want one such as"},
 	} {
 		_, err := newEngine(test.endpoint, time.Second)
-		if err == nil || !strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "secret") {
+		if err == nil || !strings.Contains(err.Error(), test.want) ||
+			strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: error %v, want %q", test.endpoint, err, test.want)
 		}
 	}
-	if _, err := newEngine("npipe:////./pipe/docker_engine", time.Second); (err == nil) != (runtime.GOOS == "windows") {
+	if _, err := newEngine("npipe:////./pipe/docker_engine",
+		time.Second); (err == nil) != (runtime.GOOS == "windows") {
 		t.Errorf("npipe: %v", err)
 	}
 }
 
 // The engine with TLS, and a folder with its certificate as the authority.
 func tlsEngine(t *testing.T) (address, certs string) {
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter,
+		_ *http.Request) {
 		w.Header().Set("Api-Version", "1.41")
 	}))
-	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError) // it is asked the wrong way on purpose
+	// it is asked the wrong way on purpose
+	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	certs = t.TempDir()
@@ -103,7 +109,8 @@ func TestTLSAsTheDockerCommandHasIt(t *testing.T) {
 	}
 
 	// Not asked for: the engine's answer to plain HTTP, with a hint.
-	if err := hello("tcp://" + address); err == nil || !strings.Contains(engineHint(err), "DOCKER_TLS_VERIFY=1") {
+	if err := hello("tcp://" + address); err == nil ||
+		!strings.Contains(engineHint(err), "DOCKER_TLS_VERIFY=1") {
 		t.Errorf("tcp:// without TLS: %v", err)
 	}
 	// A certificate of an unknown authority is never accepted.
@@ -125,17 +132,20 @@ func TestTLSAsTheDockerCommandHasIt(t *testing.T) {
 	if err := hello("tcp://localhost:" + port); !errors.As(err, &name) {
 		t.Errorf("tcp:// to another name: %v", err)
 	}
-	if e, err := newEngine("tcp://docker", time.Second); err != nil || e.base != "https://docker:2376" {
+	if e, err := newEngine("tcp://docker", time.Second); err != nil ||
+		e.base != "https://docker:2376" {
 		t.Errorf("the default port with TLS: %v %v", e, err)
 	}
 	// On a socket there is nothing to encrypt.
-	if e, err := newEngine("unix:///var/run/docker.sock", time.Second); err != nil || e.base != "http://engine" {
+	if e, err := newEngine("unix:///var/run/docker.sock", time.Second); err != nil ||
+		e.base != "http://engine" {
 		t.Errorf("a socket with DOCKER_TLS_VERIFY: %v %v", e, err)
 	}
 
 	refused := func(why, want string) {
 		t.Helper()
-		if _, err := newEngine("tcp://"+address, time.Second); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := newEngine("tcp://"+address, time.Second); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", why, err)
 		}
 	}
@@ -210,14 +220,19 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 				}
 			}
 		}, `^the answer has over 2097152 bytes$`, false},
-		{"is removed", harness.AnswerWith(404, `{"message":"No such container: x"}`), `^No such container: ` + id, false},
-		{"fails", harness.AnswerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`, false},
-		{"fails without JSON", harness.AnswerWith(502, "\n\n<html>\x1b[31m\n"), `^API error \(502\): <html>\[31m$`, false},
-		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `EOF`, true},
+		{"is removed", harness.AnswerWith(404, `{"message":"No such container: x"}`),
+			`^No such container: ` + id, false},
+		{"fails", harness.AnswerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`,
+			false},
+		{"fails without JSON", harness.AnswerWith(502, "\n\n<html>\x1b[31m\n"),
+			`^API error \(502\): <html>\[31m$`, false},
+		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, `EOF`,
+			true},
 	} {
 		r.On("/containers/fx-idle/stats", test.answer)
 		_, err := e.stats(t.Context(), id, new(bytes.Buffer))
-		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) || isConnectionError(err) != test.connect {
+		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) ||
+			isConnectionError(err) != test.connect {
 			t.Errorf("a container that %s: %v", test.why, err)
 		}
 	}
@@ -255,7 +270,8 @@ func TestEngineHints(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = e.hello(t.Context())
-	if err == nil || !strings.HasPrefix(err.Error(), "dial unix /") || engineHint(err) != "; is Docker running, and is --docker its address?" {
+	if err == nil || !strings.HasPrefix(err.Error(), "dial unix /") ||
+		engineHint(err) != "; is Docker running, and is --docker its address?" {
 		t.Errorf("no socket: %v %s", err, engineHint(err))
 	}
 	if hint := engineHint(os.ErrPermission); !strings.Contains(hint, "usermod -aG docker") {

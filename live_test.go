@@ -63,7 +63,8 @@ func byName(t *testing.T, metrics []metric) map[string]metric {
 func TestLiveContainers(t *testing.T) {
 	e := harness.Usual(t)
 	c, log := liveCollector(t, e)
-	busy := e.Run(t, "busy", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
+	busy := e.Run(t, "busy", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'",
+		docker.HostConfig{Memory: 32 << 20, CPUPeriod: 100_000, CPUQuota: 20_000})
 	e.Run(t, "none", "", docker.HostConfig{NetworkMode: "none"})
 	e.Run(t, "host", "", docker.HostConfig{NetworkMode: "host"})
 
@@ -73,7 +74,8 @@ func TestLiveContainers(t *testing.T) {
 		t.Fatalf("%v, %d failed: %s", result.err, result.failed, log.Take())
 	}
 	first := byName(t, result.metrics)
-	for _, name := range []string{"cpu.total", "cpu.kernel", "cpu.user", "cpu.system", "memory.usage", "memory.limit", "uptime",
+	for _, name := range []string{"cpu.total", "cpu.kernel", "cpu.user", "cpu.system", "memory.usage",
+		"memory.limit", "uptime",
 		"network.rx_bytes", "network.rx_packets", "network.rx_errors", "network.rx_dropped",
 		"network.tx_bytes", "network.tx_packets", "network.tx_errors", "network.tx_dropped"} {
 		at := time.Unix(first["busy."+name].time, 0)
@@ -82,7 +84,8 @@ func TestLiveContainers(t *testing.T) {
 		}
 		for _, other := range []string{"none", "host"} {
 			if _, there := first[other+"."+name]; there == strings.HasPrefix(name, "network.") {
-				t.Errorf("%s.%s: there %t; a container without a network of its own has no network.*, and all the rest", other, name, there)
+				t.Errorf("%s.%s: there %t; a container without a network of its own has no network.*, and "+
+					"all the rest", other, name, there)
 			}
 		}
 	}
@@ -111,7 +114,8 @@ func TestLiveContainers(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("busy.cpu.total went from %d to %d in a minute of work", first["busy.cpu.total"].value.n, now["busy.cpu.total"].value.n)
+			t.Fatalf("busy.cpu.total went from %d to %d in a minute of work",
+				first["busy.cpu.total"].value.n, now["busy.cpu.total"].value.n)
 		}
 	}
 
@@ -124,9 +128,11 @@ func TestLiveContainers(t *testing.T) {
 	harness.Must(t, e.UnpauseContainer(busy))
 
 	// Renamed, it goes by its new name.
-	harness.Must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy, Name: e.Name(t, "renamed")}))
+	harness.Must(t, e.RenameContainer(docker.RenameContainerOptions{ID: busy,
+		Name: e.Name(t, "renamed")}))
 	renamed := byName(t, c.sweep(t.Context()).metrics)
-	if renamed["renamed.cpu.total"].value.n < first["busy.cpu.total"].value.n || renamed["busy.cpu.total"] != (metric{}) {
+	if renamed["renamed.cpu.total"].value.n < first["busy.cpu.total"].value.n ||
+		renamed["busy.cpu.total"] != (metric{}) {
 		t.Errorf("renamed, there is %v", renamed)
 	}
 
@@ -161,17 +167,20 @@ func TestLiveContainers(t *testing.T) {
 
 func uptimeIs(t *testing.T, uptime metric, since time.Time) {
 	t.Helper()
-	if want := time.Unix(uptime.time, 0).Sub(since); time.Duration(uptime.value.n)*time.Second > want+time.Second || time.Duration(uptime.value.n)*time.Second < want-time.Second {
+	if want := time.Unix(uptime.time, 0).Sub(since); time.Duration(uptime.value.n)*time.Second > want+
+		time.Second || time.Duration(uptime.value.n)*time.Second < want-time.Second {
 		t.Errorf("the uptime is %v, it was started at %s", uptime, since)
 	}
 }
 
-// Names from labels and images, hostile ones too: whatever is in them, what comes out is one safe name for each.
+// Names from labels and images, hostile ones too: whatever is in them, what comes out is one safe
+// name for each.
 func TestLiveRules(t *testing.T) {
 	e := harness.Usual(t)
 	forged := "x 1 1\nroot.forged 1 1795409680\n"
 	first := e.Labelled(t, "first", map[string]string{"test": "name", "evil": forged})
-	second := e.Labelled(t, "second", map[string]string{"test": "name", "evil": "../../etc;tag=*{a,b}[c]?\t\x00é"})
+	second := e.Labelled(t, "second",
+		map[string]string{"test": "name", "evil": "../../etc;tag=*{a,b}[c]?\t\x00é"})
 	e.Labelled(t, "third", map[string]string{"test": "off", "evil": "off", forged: forged})
 
 	sweep := func(text string) (names []string, log string) {
@@ -187,7 +196,8 @@ func TestLiveRules(t *testing.T) {
 			if !harness.IsGoodName(m.name()) {
 				t.Errorf("%s makes %q", text, m.name())
 			}
-			if name, ok := strings.CutSuffix(m.name(), ".pids.current"); ok && strings.HasPrefix(name, "test.") {
+			if name, ok := strings.CutSuffix(m.name(), ".pids.current"); ok &&
+				strings.HasPrefix(name, "test.") {
 				names = append(names, name)
 			}
 			if category, ok := strings.CutPrefix(m.name(), "h.containers.cat"); ok {
@@ -201,11 +211,17 @@ func TestLiveRules(t *testing.T) {
 		rules string
 		want  []string
 	}{
-		{`{"from":"label:evil","regexp":"(?s)^(.*)$","into":"test.$1"}`, []string{"test._._etc_tag___a_b__c_____", "test.off", "test.x_1_1_root.forged_1_1795409680_"}},
-		{`[{"from":"label:test","regexp":"off","drop":true},{"from":"label:test","regexp":".*","into":"test.${label:evil}","category":"cat1"},{"from":"label:nobody","regexp":"","category":"cat3"}]`,
-			[]string{"1=2", "3=0", "test.______etc_tag___a_b__c_____", "test.x_1_1_root_forged_1_1795409680_"}},
-		{`{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$","into":"test.${label:test}.${label:evil}"}`,
-			[]string{"test.name.______etc_tag___a_b__c_____", "test.name.x_1_1_root_forged_1_1795409680_", "test.off.off"}},
+		{`{"from":"label:evil","regexp":"(?s)^(.*)$","into":"test.$1"}`,
+			[]string{"test._._etc_tag___a_b__c_____", "test.off", "test.x_1_1_root.forged_1_1795409680_"}},
+		{`[{"from":"label:test","regexp":"off","drop":true},{"from":"label:test","regexp":".*",` +
+			`"into":"test.${label:evil}","category":"cat1"},{"from":"label:nobody","regexp":"",` +
+			`"category":"cat3"}]`,
+			[]string{"1=2", "3=0", "test.______etc_tag___a_b__c_____",
+				"test.x_1_1_root_forged_1_1795409680_"}},
+		{`{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$",` +
+			`"into":"test.${label:test}.${label:evil}"}`,
+			[]string{"test.name.______etc_tag___a_b__c_____", "test.name.x_1_1_root_forged_1_1795409680_",
+				"test.off.off"}},
 		{`{"from":"id","regexp":"^` + first + `$","into":"test.id"}`, []string{"test.id"}},
 	} {
 		if got, _ := sweep(test.rules); !slices.Equal(got, test.want) {
@@ -213,33 +229,41 @@ func TestLiveRules(t *testing.T) {
 		}
 	}
 
-	// Two of one name: one of them has it, until it goes; the older one, if they are not of the same second.
+	// Two of one name: one of them has it, until it goes; the older one, if they are not of the same
+	// second.
 	c, log := liveCollector(t, e)
-	c.containers.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},{"regexp":"","drop":true}]`)
+	c.containers.rules = mustRules(t, `[{"from":"label:test","regexp":"^name$","into":"test.same"},`+
+		`{"regexp":"","drop":true}]`)
 	c.sweep(t.Context())
 	holder, other, left := e.Name(t, "first"), e.Name(t, "second"), second
 	if c.containers.holders["test.same"].id == second {
 		holder, other, left = other, holder, first
 	}
-	if got := log.Take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same", other, holder)) != 1 {
+	if got := log.Take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same",
+		other, holder)) != 1 {
 		t.Errorf("logged %s", got)
 	}
 	harness.Must(t, e.Remove(holder))
 	result := c.sweep(t.Context())
-	if c.containers.holders["test.same"].id != left || byName(t, result.metrics)["same.pids.current"].value.n == 0 {
+	if c.containers.holders["test.same"].id != left ||
+		byName(t, result.metrics)["same.pids.current"].value.n == 0 {
 		t.Errorf("%s is gone, and %s has not taken over", holder, other)
 	}
 
-	// A newer image takes the name: then the list has an id instead, but what a container was made of stays its name.
-	byImage := `{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$","into":"test.${label:test}"}`
+	// A newer image takes the name: then the list has an id instead, but what a container was made of
+	// stays its name.
+	byImage := `{"from":"image","regexp":"^docker-stats-to-backstop-test:testliverules-.*$",` +
+		`"into":"test.${label:test}"}`
 	before, _ := sweep(byImage)
 	var root bytes.Buffer
 	archive := tar.NewWriter(&root)
 	archive.WriteHeader(&tar.Header{Name: "newer", Mode: 0o644})
 	archive.Close()
 	repository, tag, _ := strings.Cut(e.Image, ":")
-	harness.Must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag, Source: "-", InputStream: &root, OutputStream: io.Discard}))
-	list, err := e.ListContainers(docker.ListContainersOptions{Filters: map[string][]string{"id": {left}}})
+	harness.Must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag,
+		Source: "-", InputStream: &root, OutputStream: io.Discard}))
+	list,
+		err := e.ListContainers(docker.ListContainersOptions{Filters: map[string][]string{"id": {left}}})
 	harness.Must(t, err)
 	if len(list) != 1 || !imageID.MatchString(list[0].Image) {
 		t.Errorf("the list has %v; was there no newer image?", list)
@@ -249,7 +273,8 @@ func TestLiveRules(t *testing.T) {
 	}
 }
 
-// Containers come and go all the time, under a fast poll, for 10 s or as long as $SOAK says: nothing is kept of those that are gone.
+// Containers come and go all the time, under a fast poll, for 10 s or as long as $SOAK says:
+// nothing is kept of those that are gone.
 func TestLiveSoak(t *testing.T) {
 	e := harness.Usual(t)
 	long := 10 * time.Second
@@ -274,7 +299,8 @@ func TestLiveSoak(t *testing.T) {
 			harness.Must(t, q.try(t))
 		}
 	}
-	e.Run(t, "stays", "", docker.HostConfig{NetworkMode: "none"}) // and the client asks for the engine's version now, not from all workers at once
+	// and the client asks for the engine's version now, not from all workers at once
+	e.Run(t, "stays", "", docker.HostConfig{NetworkMode: "none"})
 	sweep()
 	before := held(t)
 	var churn sync.WaitGroup
@@ -283,7 +309,8 @@ func TestLiveSoak(t *testing.T) {
 		churn.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
 				name := e.Name(t, fmt.Sprintf("soak%d-%d", worker, i))
-				made, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100"}},
+				made, err := e.CreateContainer(docker.CreateContainerOptions{Name: name,
+					Config:     &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100"}},
 					HostConfig: &docker.HostConfig{NetworkMode: "none"}})
 				if err == nil {
 					err = e.StartContainer(made.ID, nil)
@@ -314,11 +341,15 @@ func TestLiveSoak(t *testing.T) {
 		}
 	}
 	after := held(t)
-	// A connection is two goroutines and a file at our end, and as much at the stand-in's; the engine's are kept up to 128.
-	if after.files > before.files+140 || after.goroutines > before.goroutines+290 || after.heap > before.heap+8<<20 {
-		t.Errorf("after %d containers in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after, before)
+	// A connection is two goroutines and a file at our end, and as much at the stand-in's; the
+	// engine's are kept up to 128.
+	if after.files > before.files+140 || after.goroutines > before.goroutines+290 ||
+		after.heap > before.heap+8<<20 {
+		t.Errorf("after %d containers in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after,
+			before)
 	}
-	t.Logf("%d containers came and went in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after, before)
+	t.Logf("%d containers came and went in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after,
+		before)
 }
 
 type holdings struct{ files, goroutines, heap int }
@@ -335,13 +366,15 @@ func held(t *testing.T) holdings {
 }
 
 // dockerStats is what the docker command prints of a container, field by field.
-func dockerStats(t *testing.T, e *harness.Engine, id string) (memory, memoryPercent string, cpuPercent float64) {
+func dockerStats(t *testing.T, e *harness.Engine, id string) (memory, memoryPercent string,
+	cpuPercent float64) {
 	t.Helper()
 	command, err := exec.LookPath("docker")
 	if err != nil {
 		harness.NoEngine(t, "no docker command to compare with: %v", err)
 	}
-	out, err := exec.Command(command, "--host", e.Address, "stats", "--no-stream", "--format", "{{.MemUsage}}|{{.MemPerc}}|{{.CPUPerc}}", id).Output()
+	out, err := exec.Command(command, "--host", e.Address, "stats", "--no-stream", "--format",
+		"{{.MemUsage}}|{{.MemPerc}}|{{.CPUPerc}}", id).Output()
 	harness.Must(t, err)
 	fields := strings.Split(strings.TrimSpace(string(out)), "|")
 	if len(fields) != 3 {
@@ -357,14 +390,17 @@ func dockerStats(t *testing.T, e *harness.Engine, id string) (memory, memoryPerc
 func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
 	e := harness.Usual(t)
 	c, _ := liveCollector(t, e)
-	// A file that was written once, and never read, is page cache that is not in use, the one part that is left out.
-	id := e.Run(t, "cache", "/busybox dd if=/dev/zero of=/file bs=1M count=8; echo done >/done; exec /busybox sleep 600", docker.HostConfig{Memory: 64 << 20})
+	// A file that was written once, and never read, is page cache that is not in use, the one part
+	// that is left out.
+	id := e.Run(t, "cache", "/busybox dd if=/dev/zero of=/file bs=1M count=8; echo done >/done; "+
+		"exec /busybox sleep 600", docker.HostConfig{Memory: 64 << 20})
 	awaitFile(t, e, id, "/done")
 	var ours, theirs string
 	for range 10 { // the kernel may still be at work on the cache
 		memory, percent, _ := dockerStats(t, e, id)
 		named := byName(t, c.sweep(t.Context()).metrics)
-		usage, workingSet := named["cache.memory.usage"].value.n, named["cache.memory.working_set"].value.n
+		usage, workingSet := named["cache.memory.usage"].value.n,
+			named["cache.memory.working_set"].value.n
 		if usage-workingSet < 1<<20 {
 			t.Fatalf("usage %d, working set %d: there is no cache to leave out", usage, workingSet)
 		}
@@ -383,7 +419,8 @@ func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
 func awaitFile(t *testing.T, e *harness.Engine, id, path string) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		err := e.DownloadFromContainer(id, docker.DownloadFromContainerOptions{Path: path, OutputStream: io.Discard})
+		err := e.DownloadFromContainer(id, docker.DownloadFromContainerOptions{Path: path,
+			OutputStream: io.Discard})
 		if err == nil {
 			return
 		}
@@ -393,13 +430,14 @@ func awaitFile(t *testing.T, e *harness.Engine, id, path string) {
 	}
 }
 
-// Of a steady load, cpu.percent is what docker stats prints. That looks at one second, so at ten periods of the
-// limit, one more or less of which is 3 points; ours is the mean over all the time between. Five points are
-// room for a machine that does other things as well.
+// Of a steady load, cpu.percent is what docker stats prints. That looks at one second, so at ten
+// periods of the limit, one more or less of which is 3 points; ours is the mean over all the time
+// between. Five points are room for a machine that does other things as well.
 func TestLiveCPUIsThatOfDockerStats(t *testing.T) {
 	e := harness.Usual(t)
 	c, _ := liveCollector(t, e)
-	id := e.Run(t, "steady", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'", docker.HostConfig{CPUPeriod: 100_000, CPUQuota: 30_000})
+	id := e.Run(t, "steady", "exec /busybox timeout 600 /busybox sh -c 'while :; do :; done'",
+		docker.HostConfig{CPUPeriod: 100_000, CPUQuota: 30_000})
 	if first := byName(t, c.sweep(t.Context()).metrics); first["steady.cpu.percent"] != (metric{}) {
 		t.Errorf("a first sample has the percentage %v", first["steady.cpu.percent"])
 	}
@@ -417,7 +455,8 @@ func TestLiveCPUIsThatOfDockerStats(t *testing.T) {
 	}
 
 	harness.Must(t, e.RestartContainer(id, 0))
-	if again := byName(t, c.sweep(t.Context()).metrics); again["steady.cpu.total"] == (metric{}) || again["steady.cpu.percent"] != (metric{}) {
+	if again := byName(t, c.sweep(t.Context()).metrics); again["steady.cpu.total"] == (metric{}) ||
+		again["steady.cpu.percent"] != (metric{}) {
 		t.Errorf("after a restart there is the percentage %v", again["steady.cpu.percent"])
 	}
 	if last := byName(t, c.sweep(t.Context()).metrics); last["steady.cpu.percent"] == (metric{}) {
@@ -435,7 +474,9 @@ func TestLivePodman(t *testing.T) {
 	dir, err := os.MkdirTemp("", "dstb")
 	harness.Must(t, err)
 	podman := func(args ...string) *exec.Cmd {
-		return exec.Command("podman", append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs", "--runtime", "runc"}, args...)...)
+		return exec.Command("podman",
+			append([]string{"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs",
+				"--runtime", "runc"}, args...)...)
 	}
 	do := func(args ...string) {
 		t.Helper()
@@ -453,7 +494,8 @@ func TestLivePodman(t *testing.T) {
 	do("import", harness.BusyboxTar(t, dir), "test")
 	// crun, the other runtime, is not to be found everywhere; nor may it raise its limits.
 	run := func(name, script string) {
-		do("run", "--detach", "--name", "dstb."+name, "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000",
+		do("run", "--detach", "--name", "dstb."+name, "--network", "none", "--ulimit", "nofile=1024:1024",
+			"--ulimit", "nproc=1000:1000",
 			"test", "/busybox", "timeout", "600", "/busybox", "sh", "-c", script)
 	}
 	run("busy", "while :; do :; done")
@@ -482,11 +524,13 @@ func TestLivePodman(t *testing.T) {
 	c.sweep(t.Context())
 	<-time.After(3 * time.Second) // the span that is measured
 	result := c.sweep(t.Context())
-	if got := log.Take(); result.err != nil || result.failed > 0 || result.running != 2 || strings.Contains(got, "level=ERROR") {
+	if got := log.Take(); result.err != nil || result.failed > 0 || result.running != 2 ||
+		strings.Contains(got, "level=ERROR") {
 		t.Fatalf("%v, %d of %d failed: %s", result.err, result.failed, result.running, got)
 	}
 	named := byName(t, result.metrics)
-	for _, name := range []string{"cpu.total", "cpu.percent", "cpu.online", "memory.usage", "memory.working_set", "memory.limit", "pids.current", "uptime", "restarts"} {
+	for _, name := range []string{"cpu.total", "cpu.percent", "cpu.online", "memory.usage",
+		"memory.working_set", "memory.limit", "pids.current", "uptime", "restarts"} {
 		for _, of := range []string{"busy.", "idle."} {
 			if _, there := named[of+name]; !there {
 				t.Errorf("there is no %s%s: %v", of, name, named)
@@ -496,8 +540,8 @@ func TestLivePodman(t *testing.T) {
 	if cache, there := named["busy.memory.cache"]; there {
 		t.Errorf("Podman sends no cache, but there is %v", cache)
 	}
-	// A loop that never rests takes what it can get of one CPU, and never more, which Podman's own idea of the
-	// host's CPU time would make of it.
+	// A loop that never rests takes what it can get of one CPU, and never more, which Podman's own
+	// idea of the host's CPU time would make of it.
 	busy, err := strconv.ParseFloat(string(named["busy.cpu.percent"].value.append(nil)), 64)
 	harness.Must(t, err)
 	if busy < 10 || busy > 105 {
@@ -514,14 +558,16 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 		change func(id string) error
 		gone   bool
 	}{
-		{"stopped", func(id string) error { return e.KillContainer(docker.KillContainerOptions{ID: id}) }, true},
+		{"stopped", func(id string) error { return e.KillContainer(docker.KillContainerOptions{ID: id}) },
+			true},
 		{"removed", e.Remove, true},
 		{"restarted", func(id string) error { return e.RestartContainer(id, 0) }, false},
 		{"paused", e.PauseContainer, false},
 	} {
 		id := e.Run(t, test.why, "", docker.HostConfig{})
 		changed := false
-		proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+		proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request,
+			forward http.Handler) {
 			// Between the list and the question for its stats.
 			if r.URL.Path == "/containers/"+id+"/stats" && !changed {
 				changed = true
@@ -542,7 +588,8 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 		}
 		_, there := named[test.why+".cpu.total"]
 		got := log.Take()
-		if there == test.gone || strings.Contains(got, `msg="container is gone" container=`+e.Name(t, test.why)) != test.gone {
+		if there == test.gone ||
+			strings.Contains(got, `msg="container is gone" container=`+e.Name(t, test.why)) != test.gone {
 			t.Errorf("%s: there are %v, and the log\n%s", test.why, named, got)
 		}
 	}
@@ -554,8 +601,10 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 func TestLiveBadAnswers(t *testing.T) {
 	e := harness.Usual(t)
 	e.Run(t, "well", "", docker.HostConfig{})
-	hanging, cut := e.Run(t, "hangs", "", docker.HostConfig{}), e.Run(t, "cut", "", docker.HostConfig{})
-	proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request, forward http.Handler) {
+	hanging, cut := e.Run(t, "hangs", "", docker.HostConfig{}), e.Run(t, "cut", "",
+		docker.HostConfig{})
+	proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request,
+		forward http.Handler) {
 		switch r.URL.Path {
 		case "/containers/" + hanging + "/stats":
 			harness.Hang(w, r)
@@ -571,13 +620,15 @@ func TestLiveBadAnswers(t *testing.T) {
 	c.engine.timeout = 5 * time.Second
 	result := c.sweep(t.Context())
 	named := byName(t, result.metrics)
-	if result.err != nil || result.failed != 2 || named["well.cpu.total"].value.n == 0 || named["hangs.cpu.total"].value.n != 0 || named["cut.cpu.total"].value.n != 0 {
+	if result.err != nil || result.failed != 2 || named["well.cpu.total"].value.n == 0 ||
+		named["hangs.cpu.total"].value.n != 0 || named["cut.cpu.total"].value.n != 0 {
 		t.Errorf("%v, %d failed, %v", result.err, result.failed, named)
 	}
 	got := log.Take()
 	for _, want := range []string{
 		`msg="container cannot be read" container=` + e.Name(t, "hangs") + ` error="no answer within 5s"`,
-		`msg="container cannot be read" container=` + e.Name(t, "cut") + ` error="its stats answer is not JSON: unexpected end of JSON input"`,
+		`msg="container cannot be read" container=` + e.Name(t, "cut") +
+			` error="its stats answer is not JSON: unexpected end of JSON input"`,
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("logged\n%swant %s", got, want)
@@ -597,7 +648,8 @@ func TestLiveEngineIsKilled(t *testing.T) {
 	harness.Must(t, err)
 	defer stderr.Close()
 	// The command is in the path, see testscript.Main.
-	daemon := exec.Command(program, "--backstop="+backstop.URL+"/publish/docker", "--docker="+own.Address, "--poll=2s", "--host=h")
+	daemon := exec.Command(program, "--backstop="+backstop.URL+"/publish/docker",
+		"--docker="+own.Address, "--poll=2s", "--host=h")
 	daemon.Stderr = stderr
 	harness.Must(t, daemon.Start())
 	t.Cleanup(func() { daemon.Process.Kill() })
@@ -616,7 +668,8 @@ func TestLiveEngineIsKilled(t *testing.T) {
 	own.Start()
 	harness.AwaitText(t, logs, `level=INFO msg="Docker engine answers"`, 2)
 	// Killed, the engine took its containers along.
-	if err := e.StartContainer(e.Name(t, "web"), nil); err != nil && !errors.As(err, new(*docker.ContainerAlreadyRunning)) {
+	if err := e.StartContainer(e.Name(t, "web"), nil); err != nil &&
+		!errors.As(err, new(*docker.ContainerAlreadyRunning)) {
 		t.Fatal(err)
 	}
 	arrive("after the engine was killed and started", count()+2)

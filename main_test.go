@@ -88,7 +88,8 @@ func TestScripts(t *testing.T) {
 				if !strings.HasPrefix(path, "/") {
 					path = "/containers/" + path + "/stats"
 				}
-				this(ts).engine.On(path, map[string]http.HandlerFunc{"hang": harness.Hang, "forget": harness.AnswerWith(404, "{}")}[args[0]])
+				this(ts).engine.On(path, map[string]http.HandlerFunc{"hang": harness.Hang,
+					"forget": harness.AnswerWith(404, "{}")}[args[0]])
 			},
 			"arrives": func(ts *testscript.TestScript, not bool, args []string) {
 				want, within := 1, time.Minute
@@ -121,13 +122,16 @@ func TestScripts(t *testing.T) {
 }
 
 func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
-	const option, variable = `(?m)^ *\|? *` + "`?" + `(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
+	const option, variable = `(?m)^ *\|? *` + "`?" +
+		`(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
 	_, help, _ := strings.Cut(usage(), "\nOptions")
 	options := harness.Section(t, "## Options")
-	if got, want := harness.AllOf(option, options), harness.AllOf(option, help); !slices.Equal(got, want) {
+	if got, want := harness.AllOf(option, options), harness.AllOf(option, help); !slices.Equal(got,
+		want) {
 		t.Errorf("the README has the options %q, --help has %q", got, want)
 	}
-	if got, want := harness.AllOf(variable, options), harness.AllOf(variable, help); !slices.Equal(got, want) {
+	if got, want := harness.AllOf(variable, options), harness.AllOf(variable, help); !slices.Equal(got,
+		want) {
 		t.Errorf("the README has the variables %q, --help has %q", got, want)
 	}
 	file := harness.ReadFile(t, "deploy/docker-stats-to-backstop.default")
@@ -138,7 +142,8 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	}
 }
 
-// Whoever looks a line of the log up finds it. Those of --verbose, and of a life without trouble, need no explanation.
+// Whoever looks a line of the log up finds it. Those of --verbose, and of a life without trouble,
+// need no explanation.
 func TestMessagesAreDocumented(t *testing.T) {
 	sources, err := filepath.Glob("*.go")
 	if err != nil {
@@ -149,7 +154,8 @@ func TestMessagesAreDocumented(t *testing.T) {
 		if strings.HasSuffix(source, "_test.go") {
 			continue
 		}
-		for _, message := range harness.AllOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= (?:q\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
+		for _, message := range harness.AllOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= `+
+			`(?:q\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
 			if slices.Contains([]string{"started", "ending", "Docker engine answers"}, message) {
 				continue
 			}
@@ -165,10 +171,11 @@ func TestMessagesAreDocumented(t *testing.T) {
 	}
 }
 
-// The man page has each option with its text word for word as in --help, its examples, and what the code and the README say of
-// exit statuses, variables and files.
+// The man page has each option with its text word for word as in --help, its examples, and what the
+// code and the README say of exit statuses, variables and files.
 func TestManPageSaysTheSame(t *testing.T) {
-	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(harness.ReadFile(t, "deploy/docker-stats-to-backstop.1"), "")
+	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(harness.ReadFile(t,
+		"deploy/docker-stats-to-backstop.1"), "")
 	page = strings.NewReplacer(`\-`, "-", `\e`, `\`, `\(aq`, "'", `\[u2026]`, "…").Replace(page)
 	chapter := func(name string) string {
 		_, rest, found := strings.Cut(page, "\n.SH "+name+"\n")
@@ -191,7 +198,8 @@ func TestManPageSaysTheSame(t *testing.T) {
 	examples, help, _ := strings.Cut(help, "\nOptions; ")
 	intro, options, _ := strings.Cut(help, "\n\n")
 	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
-	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can", "Each option can", 1) {
+	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can",
+		"Each option can", 1) {
 		t.Errorf("it says %q of the options, --help %q", got, want)
 	}
 	var names, texts []string
@@ -213,12 +221,15 @@ func TestManPageSaysTheSame(t *testing.T) {
 	commands := func(pattern, text string) string {
 		return oneLine(strings.Join(harness.AllInOrder(pattern, text), "\n"))
 	}
-	if got, want := commands(`(?s)\.nf\n(.*?)\.fi`, chapter("EXAMPLES")), commands(`(?m)^    +(.*)$`, examples); got != want {
+	if got, want := commands(`(?s)\.nf\n(.*?)\.fi`, chapter("EXAMPLES")), commands(`(?m)^    +(.*)$`,
+		examples); got != want {
 		t.Errorf("its examples are\n%s\nthose of --help\n%s", got, want)
 	}
 
 	statuses, _ := entries("EXIT STATUS")
-	if want := append([]string{"0"}, harness.AllOf(`os\.Exit\((\d)\)`, harness.ReadFile(t, "main.go"))...); !slices.Equal(statuses, want) {
+	if want := append([]string{"0"},
+		harness.AllOf(`os\.Exit\((\d)\)`,
+			harness.ReadFile(t, "main.go"))...); !slices.Equal(statuses, want) {
 		t.Errorf("it has the exit statuses %q, the code has %q", statuses, want)
 	}
 	readme := harness.ReadFile(t, "README.md")
@@ -229,7 +240,9 @@ func TestManPageSaysTheSame(t *testing.T) {
 		}
 	}
 	// A path is one that a package brings, or the unit's folder.
-	packages := harness.ReadFile(t, "deploy/nfpm.yaml") + "/var/lib/" + strings.Join(harness.AllOf(`(?m)^StateDirectory=(.*)$`, harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")), "")
+	packages := harness.ReadFile(t, "deploy/nfpm.yaml") + "/var/lib/" +
+		strings.Join(harness.AllOf(`(?m)^StateDirectory=(.*)$`,
+			harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")), "")
 	paths, _ := entries("FILES")
 	for _, path := range paths {
 		if !strings.Contains(packages, path) || !strings.Contains(readme, path) {
@@ -265,7 +278,8 @@ func TestScheduleIsAGrid(t *testing.T) {
 	for _, test := range []struct {
 		took time.Duration
 		want int
-	}{{0, 0}, {59 * time.Second, 0}, {60 * time.Second, 1}, {119 * time.Second, 1}, {150 * time.Second, 2}} {
+	}{{0, 0}, {59 * time.Second, 0}, {60 * time.Second, 1}, {119 * time.Second, 1}, {150 * time.Second,
+		2}} {
 		if got := s.missed(at("12:00:07"), test.took); got != test.want {
 			t.Errorf("%s from a tick on, %d ticks are missed, want %d", test.took, got, test.want)
 		}
@@ -327,7 +341,8 @@ func TestPollKeepsToTheGrid(t *testing.T) {
 				t.Fatalf("sweeps at %v, want %v", starts, want)
 			}
 		}
-		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "took=2m10s poll=1m0s skipped=2") {
+		if got := log.Take(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(got, "took=2m10s poll=1m0s skipped=2") {
 			t.Errorf("logged: %s", got)
 		}
 	})
@@ -353,18 +368,22 @@ func TestPollDoesNotBlameTheFirstSweep(t *testing.T) {
 
 func TestErrorsOfOthersArePlain(t *testing.T) {
 	reset := func(port int) error {
-		return &url.Error{Op: "Get", URL: "http://engine/_ping", Err: fmt.Errorf("readLoop: %w", &net.OpError{
-			Op: "read", Net: "tcp", Err: errors.New("connection reset by peer"),
-			Source: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}, Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2375},
-		})}
+		return &url.Error{Op: "Get", URL: "http://engine/_ping",
+			Err: fmt.Errorf("readLoop: %w", &net.OpError{
+				Op: "read", Net: "tcp", Err: errors.New("connection reset by peer"),
+				Source: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1),
+					Port: port}, Addr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 2375},
+			})}
 	}
 	// The same trouble has the same text, whatever port it met, so that it is logged once.
 	for _, port := range []int{58006, 58007} {
-		if got, want := plainly(t.Context(), reset(port)).Error(), "read tcp 127.0.0.1:2375: connection reset by peer"; got != want {
+		if got, want := plainly(t.Context(),
+			reset(port)).Error(), "read tcp 127.0.0.1:2375: connection reset by peer"; got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
-	page := &docker.Error{Status: 502, Message: "<html>\n" + strings.Repeat("<p>Bad gateway</p>\n", 10_000)}
+	page := &docker.Error{Status: 502, Message: "<html>\n" + strings.Repeat("<p>Bad gateway</p>\n",
+		10_000)}
 	if got, want := plainly(t.Context(), page).Error(), "API error (502): <html>"; got != want {
 		t.Errorf("%s, want %s", got, want)
 	}

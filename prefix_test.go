@@ -56,7 +56,8 @@ func TestPathNodesFitIntoFileNames(t *testing.T) {
 	if path := graphitePath("a\nroot.forged 1 2\n"); path != "a_root.forged_1_2_" {
 		t.Errorf("a path that is two lines: %q", path)
 	}
-	if path := graphitePath(strings.Repeat(strings.Repeat("a", 250)+".", 70)); len(path) > 1024 || strings.HasSuffix(path, ".") {
+	if path := graphitePath(strings.Repeat(strings.Repeat("a", 250)+".", 70)); len(path) > 1024 ||
+		strings.HasSuffix(path, ".") {
 		t.Errorf("a path of %d bytes", len(path))
 	}
 	path := graphitePath(strings.Repeat("a", 300) + "." + strings.Repeat("ü", 300))
@@ -67,25 +68,30 @@ func TestPathNodesFitIntoFileNames(t *testing.T) {
 
 func TestRuleLists(t *testing.T) {
 	web := subject{"shop_web_1", "0123456789abcdef", "registry:5000/shop/web:1.2", map[string]string{
-		"monitoring": "on", "empty": "", "com.docker.compose.project": "shop", "com.docker.compose.service": "api.v2", "lines": "a\nb 1 2",
+		"monitoring": "on", "empty": "", "com.docker.compose.project": "shop",
+		"com.docker.compose.service": "api.v2", "lines": "a\nb 1 2",
 	}}
 	for _, test := range []struct {
 		rules string
 		want  naming
 	}{
-		{`[{"regexp":"^x","into":"x"},{"regexp":"^shop_","into":"s."},{"regexp":"web","into":"w"}]`, naming{"s.web_1", 2, "", false}},
+		{`[{"regexp":"^x","into":"x"},{"regexp":"^shop_","into":"s."},{"regexp":"web","into":"w"}]`,
+			naming{"s.web_1", 2, "", false}},
 		{`[{"regexp":"^x","into":"x"}]`, naming{"shop_web_1", 0, "", false}},
 		{`{"regexp":"web","category":"front"}`, naming{"shop_web_1", 1, "front", false}},
 		{`{"regexp":"web","into":"w","category":"front end"}`, naming{"shop_w_1", 1, "front_end", false}},
 		{`{"regexp":"web","drop":true}`, naming{"shop_web_1", 1, "", true}},
-		{`[{"regexp":"web"},{"regexp":".*","into":"other"}]`, naming{"shop_web_1", 1, "", false}}, // an exception
+		// an exception
+		{`[{"regexp":"web"},{"regexp":".*","into":"other"}]`, naming{"shop_web_1", 1, "", false}},
 		// What the regexp sees
 		{`{"from":"name","regexp":"^shop_(.*)$","into":"$1"}`, naming{"web_1", 1, "", false}},
 		{`{"from":"image","regexp":"^.*/([^/:]+)(:.*)?$","into":"$1"}`, naming{"web", 1, "", false}},
 		{`{"from":"id","regexp":"^(.{6}).*$","into":"c.$1"}`, naming{"c.012345", 1, "", false}},
 		{`{"from":"label:monitoring","regexp":"^on$","into":"m.$0"}`, naming{"m.on", 1, "", false}},
-		{`{"from":"label:monitoring","regexp":"^on$","category":"watched"}`, naming{"shop_web_1", 1, "watched", false}},
-		{`[{"from":"label:other","regexp":"","into":"x"},{"regexp":"","category":"rest"}]`, naming{"shop_web_1", 2, "rest", false}},
+		{`{"from":"label:monitoring","regexp":"^on$","category":"watched"}`,
+			naming{"shop_web_1", 1, "watched", false}},
+		{`[{"from":"label:other","regexp":"","into":"x"},{"regexp":"","category":"rest"}]`,
+			naming{"shop_web_1", 2, "rest", false}},
 		{`{"from":"label:empty","regexp":"^$","into":"x"}`, naming{"x", 1, "", false}}, // there, if empty
 		{`{"from":"label:lines","regexp":"^.*$","into":"x"}`, naming{"shop_web_1", 0, "", false}},
 		{`{"from":"label:lines","regexp":"(?s)^(.*)$","into":"$1"}`, naming{"a_b_1_2", 1, "", false}},
@@ -94,9 +100,12 @@ func TestRuleLists(t *testing.T) {
 		{`{"regexp":"(.*)","into":"$host.$1"}`, naming{"vm_test.shop_web_1", 1, "", false}},
 		{`{"regexp":"(.*)","into":"$${host}.$1"}`, naming{"__host_.shop_web_1", 1, "", false}},
 		{`{"regexp":"^(?P<host>[^_]*).*$","into":"${host}.$host"}`, naming{"shop.shop", 1, "", false}},
-		{`{"regexp":"^.*$","into":"${label:com.docker.compose.project}.${label:com.docker.compose.service}"}`, naming{"shop.api_v2", 1, "", false}},
+		{`{"regexp":"^.*$",` +
+			`"into":"${label:com.docker.compose.project}.${label:com.docker.compose.service}"}`,
+			naming{"shop.api_v2", 1, "", false}},
 		{`{"regexp":"^.*$","into":"${label:lines}"}`, naming{"a_b_1_2", 1, "", false}},
-		{`[{"regexp":"^.*$","into":"${label:missing}"},{"regexp":"^.*$","into":"x"}]`, naming{"x", 2, "", false}},
+		{`[{"regexp":"^.*$","into":"${label:missing}"},{"regexp":"^.*$","into":"x"}]`,
+			naming{"x", 2, "", false}},
 	} {
 		if got := mustRules(t, test.rules).apply(web, "vm.test"); got != test.want {
 			t.Errorf("%s makes %+v, want %+v", test.rules, got, test.want)
@@ -106,8 +115,10 @@ func TestRuleLists(t *testing.T) {
 
 // Whatever goes in, one safe path comes out.
 func FuzzPath(f *testing.F) {
-	f.Add(`{"regexp":"(.*)\\..*","into":"$1.${host}.${label:l}"}`, "my.container.name.x", "registry/web:1", "label\nroot.forged 1 2", "host.example")
-	f.Add(`[{"from":"image","regexp":"/","into":".."},{"from":"label:l","regexp":"(?s)(.*)","into":"$1$$$1"}]`, "../../etc", "a;b=*{}[]", "é\x00", "")
+	f.Add(`{"regexp":"(.*)\\..*","into":"$1.${host}.${label:l}"}`, "my.container.name.x",
+		"registry/web:1", "label\nroot.forged 1 2", "host.example")
+	f.Add(`[{"from":"image","regexp":"/","into":".."},{"from":"label:l","regexp":"(?s)(.*)",`+
+		`"into":"$1$$$1"}]`, "../../etc", "a;b=*{}[]", "é\x00", "")
 	f.Add(`{"from":"id","regexp":"","into":"."}`, "", "", "", "..")
 	node := regexp.MustCompile(`^[A-Za-z0-9_-]{1,255}$`)
 	f.Fuzz(func(t *testing.T, text, name, image, label, host string) {
@@ -127,7 +138,8 @@ func FuzzPath(f *testing.F) {
 				t.Errorf("%q makes %q of %q, %q, %q on %q", text, n.path, name, image, label, host)
 			}
 		}
-		if len(n.path) > maxPath || !isGraphitePath(n.path) || n.category != "" && !node.MatchString(n.category) {
+		if len(n.path) > maxPath || !isGraphitePath(n.path) || n.category != "" &&
+			!node.MatchString(n.category) {
 			t.Errorf("%q makes %+v", text, n)
 		}
 	})

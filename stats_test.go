@@ -49,7 +49,8 @@ func TestGoldenMetrics(t *testing.T) {
 		var got string
 		switch stats, err := decodeStats(body); {
 		case err == nil:
-			got = asLines(flattened(stats, origin{windows: strings.Contains(file, "windows")}, details{true, true, true}))
+			got = asLines(flattened(stats, origin{windows: strings.Contains(file, "windows")},
+				details{true, true, true}))
 		case err != errStopped:
 			t.Errorf("%s: %v", file, err)
 		}
@@ -73,31 +74,55 @@ func TestAbsentIsNotZero(t *testing.T) {
 	const at = `"read":"2026-11-23T04:54:40.9Z",`
 	for _, test := range []struct{ why, answer, want string }{
 		{"nothing", `{` + at + `"x":1}`, ""},
-		{"nulls", `{` + at + `"networks":null,"memory_stats":{"usage":null,"stats":null},"cpu_stats":null}`, ""},
+		{"nulls", `{` + at + `"networks":null,"memory_stats":{"usage":null,"stats":null},` +
+			`"cpu_stats":null}`, ""},
 		{"no interfaces", `{` + at + `"networks":{}}`, ""},
-		{"a zero that was sent", `{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":0}}}`, "c.cpu.total 0 1795409680\n"},
-		{"all digits", `{` + at + `"memory_stats":{"limit":18446744073709551615}}`, "c.memory.limit 18446744073709551615 1795409680\n"},
-		{"cgroup v1: the children count", `{` + at + `"memory_stats":{"usage":10,"stats":{"total_cache":4,"cache":1,"file":2,"total_inactive_file":3,"inactive_file":1}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.cache 4 1795409680\nc.memory.active 6 1795409680\nc.memory.working_set 7 1795409680\n"},
-		{"cgroup v1 of old", `{` + at + `"memory_stats":{"usage":10,"stats":{"cache":1,"rss":2,"swap":3}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.cache 1 1795409680\nc.memory.active 9 1795409680\nc.memory.working_set 10 1795409680\nc.memory.rss 2 1795409680\nc.memory.swap 3 1795409680\n"},
-		{"more cache than usage", `{` + at + `"memory_stats":{"usage":10,"limit":30,"stats":{"file":11,"inactive_file":11}}}`,
-			"c.memory.usage 10 1795409680\nc.memory.limit 30 1795409680\nc.memory.cache 11 1795409680\nc.memory.active 0 1795409680\nc.memory.working_set 10 1795409680\nc.memory.percent 33.333 1795409680\n"},
-		{"cache without usage", `{` + at + `"memory_stats":{"stats":{"file":11}}}`, "c.memory.cache 11 1795409680\n"},
+		{"a zero that was sent", `{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":0}}}`,
+			"c.cpu.total 0 1795409680\n"},
+		{"all digits", `{` + at + `"memory_stats":{"limit":18446744073709551615}}`,
+			"c.memory.limit 18446744073709551615 1795409680\n"},
+		{"cgroup v1: the children count",
+			`{` + at + `"memory_stats":{"usage":10,"stats":{"total_cache":4,"cache":1,"file":2,` +
+				`"total_inactive_file":3,"inactive_file":1}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.cache 4 1795409680\nc.memory.active 6 " +
+				"1795409680\nc.memory.working_set 7 1795409680\n"},
+		{"cgroup v1 of old", `{` + at + `"memory_stats":{"usage":10,"stats":{"cache":1,"rss":2,` +
+			`"swap":3}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.cache 1 1795409680\nc.memory.active 9 " +
+				"1795409680\nc.memory.working_set 10 1795409680\nc.memory.rss 2 1795409680\nc.memory.swap 3 " +
+				"1795409680\n"},
+		{"more cache than usage",
+			`{` + at + `"memory_stats":{"usage":10,"limit":30,"stats":{"file":11,"inactive_file":11}}}`,
+			"c.memory.usage 10 1795409680\nc.memory.limit 30 1795409680\nc.memory.cache 11 " +
+				"1795409680\nc.memory.active 0 1795409680\nc.memory.working_set 10 " +
+				"1795409680\nc.memory.percent 33.333 1795409680\n"},
+		{"cache without usage", `{` + at + `"memory_stats":{"stats":{"file":11}}}`,
+			"c.memory.cache 11 1795409680\n"},
 		{"no limit, no percentage", `{` + at + `"memory_stats":{"usage":1,"limit":0}}`,
 			"c.memory.usage 1 1795409680\nc.memory.limit 0 1795409680\nc.memory.working_set 1 1795409680\n"},
-		{"unlimited pids, cgroup v1", `{` + at + `"pids_stats":{"current":3,"limit":0}}`, "c.pids.current 3 1795409680\n"},
-		{"unlimited pids, cgroup v2", `{` + at + `"pids_stats":{"current":3,"limit":18446744073709551615}}`, "c.pids.current 3 1795409680\n"},
-		{"CPUs that are not told", `{` + at + `"cpu_stats":{"online_cpus":0,"cpu_usage":{"percpu_usage":[]}}}`, ""},
-		{"CPUs that are counted", `{` + at + `"cpu_stats":{"cpu_usage":{"percpu_usage":[1,2,0]}}}`, "c.cpu.online 3 1795409680\n"},
-		{"no device did anything", `{` + at + `"blkio_stats":{"io_service_bytes_recursive":[],"io_serviced_recursive":null}}`,
+		{"unlimited pids, cgroup v1", `{` + at + `"pids_stats":{"current":3,"limit":0}}`,
+			"c.pids.current 3 1795409680\n"},
+		{"unlimited pids, cgroup v2",
+			`{` + at +
+				`"pids_stats":{"current":3,"limit":18446744073709551615}}`, "c.pids.current 3 1795409680\n"},
+		{"CPUs that are not told",
+			`{` + at + `"cpu_stats":{"online_cpus":0,"cpu_usage":{"percpu_usage":[]}}}`, ""},
+		{"CPUs that are counted", `{` + at + `"cpu_stats":{"cpu_usage":{"percpu_usage":[1,2,0]}}}`,
+			"c.cpu.online 3 1795409680\n"},
+		{"no device did anything",
+			`{` + at + `"blkio_stats":{"io_service_bytes_recursive":[],"io_serviced_recursive":null}}`,
 			"c.blkio.read_bytes 0 1795409680\nc.blkio.write_bytes 0 1795409680\n"},
-		{"reads and writes of all devices", `{` + at + `"blkio_stats":{"io_service_bytes_recursive":[{"major":8,"op":"Read","value":1},{"major":9,"op":"read","value":2},` +
-			`{"major":8,"op":"WRITE","value":4},{"major":8,"op":"Sync","value":8},{"major":8,"op":"Async","value":16},{"major":8,"op":"Discard","value":32},{"major":8,"op":"Total","value":64}]}}`,
+		{"reads and writes of all devices",
+			`{` + at + `"blkio_stats":{"io_service_bytes_recursive":[{"major":8,"op":"Read","value":1},` +
+				`{"major":9,"op":"read","value":2},` +
+				`{"major":8,"op":"WRITE","value":4},{"major":8,"op":"Sync","value":8},{"major":8,` +
+				`"op":"Async","value":16},{"major":8,"op":"Discard","value":32},{"major":8,"op":"Total",` +
+				`"value":64}]}}`,
 			"c.blkio.read_bytes 3 1795409680\nc.blkio.write_bytes 4 1795409680\n"},
 		{"before API 1.21", `{` + at + `"network":{"rx_bytes":1,"tx_errors":0}}`,
 			"c.network.rx_bytes 1 1795409680\nc.network.tx_errors 0 1795409680\n"},
-		{"sums over interfaces", `{` + at + `"networks":{"eth0":{"rx_bytes":1,"tx_bytes":5},"eth1":{"rx_bytes":2}}}`,
+		{"sums over interfaces",
+			`{` + at + `"networks":{"eth0":{"rx_bytes":1,"tx_bytes":5},"eth1":{"rx_bytes":2}}}`,
 			"c.network.rx_bytes 3 1795409680\nc.network.tx_bytes 5 1795409680\n"},
 	} {
 		stats, err := decodeStats([]byte(test.answer))
@@ -111,11 +136,13 @@ func TestAbsentIsNotZero(t *testing.T) {
 	}
 
 	// Windows counts CPU time in 100 ns, and its system_cpu_usage not at all.
-	stats, err := decodeStats([]byte(`{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":3,"usage_in_kernelmode":2}}}`))
+	stats, err := decodeStats([]byte(`{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":3,` +
+		`"usage_in_kernelmode":2}}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := asLines(flattened(stats, origin{windows: true}, details{})), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
+	if got, want := asLines(flattened(stats, origin{windows: true},
+		details{})), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
 		t.Errorf("Windows: got\n%swant\n%s", got, want)
 	}
 }
@@ -124,7 +151,8 @@ func TestCPUPercent(t *testing.T) {
 	at := func(s int) time.Time { return time.Unix(1795409680+int64(s), 0) }
 	started := at(-100)
 	const second = 1_000_000_000
-	before := &cpuSample{startedAt: started, read: at(0), total: 10 * second, system: 1000 * second, cpus: 2}
+	before := &cpuSample{startedAt: started, read: at(0), total: 10 * second, system: 1000 * second,
+		cpus: 2}
 	for _, test := range []struct {
 		why  string
 		now  *cpuSample
@@ -137,15 +165,22 @@ func TestCPUPercent(t *testing.T) {
 		{"nothing told", nil, origin{}, ""},
 		{"the counter fell", &cpuSample{started, at(60), 9 * second, 1120 * second, 2}, origin{}, ""},
 		{"started anew", &cpuSample{at(30), at(60), 40 * second, 1120 * second, 2}, origin{}, ""},
-		{"the system's clock stood still", &cpuSample{started, at(60), 40 * second, 1000 * second, 2}, origin{}, ""},
-		{"the system's clock fell", &cpuSample{started, at(60), 40 * second, 10 * second, 2}, origin{}, ""},
-		{"the same answer again", &cpuSample{started, at(0), 40 * second, 1120 * second, 2}, origin{}, ""},
-		{"the engine's clock was put back", &cpuSample{started, at(-60), 40 * second, 1120 * second, 2}, origin{}, ""},
+		{"the system's clock stood still", &cpuSample{started, at(60), 40 * second, 1000 * second, 2},
+			origin{}, ""},
+		{"the system's clock fell", &cpuSample{started, at(60), 40 * second, 10 * second, 2}, origin{},
+			""},
+		{"the same answer again", &cpuSample{started, at(0), 40 * second, 1120 * second, 2}, origin{},
+			""},
+		{"the engine's clock was put back", &cpuSample{started, at(-60), 40 * second, 1120 * second, 2},
+			origin{}, ""},
 		// Podman's system counts used time only.
-		{"Podman", &cpuSample{started, at(60), 40 * second, 1031 * second, 2}, origin{podman: true}, "50"},
+		{"Podman", &cpuSample{started, at(60), 40 * second, 1031 * second, 2}, origin{podman: true},
+			"50"},
 		// 100 ns, of which two processors have 1,200,000,000 a minute.
-		{"Windows", &cpuSample{started, at(60), 10*second + 300_000_000, 0, 2}, origin{windows: true}, "25"},
-		{"Windows that does not tell its processors", &cpuSample{started, at(60), 11 * second, 0, 0}, origin{windows: true}, ""},
+		{"Windows", &cpuSample{started, at(60), 10*second + 300_000_000, 0, 2}, origin{windows: true},
+			"25"},
+		{"Windows that does not tell its processors", &cpuSample{started, at(60), 11 * second, 0, 0},
+			origin{windows: true}, ""},
 	} {
 		got := ""
 		if percent, ok := test.now.percentSince(before, test.from); ok {
@@ -230,7 +265,8 @@ func everyMetric(t *testing.T) []string {
 		if name, ok := strings.CutPrefix(m.name(), "h."); ok {
 			names = append(names, strings.Replace("<h>."+name, "containers.any", "containers.<category>", 1))
 		} else if name, ok := strings.CutPrefix(m.name(), "c."); ok {
-			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.", ".<major>_<minor>.").Replace("<c>."+name))
+			names = append(names, strings.NewReplacer(".core.0", ".core.<i>", ".if0.", ".<if>.", ".1_1.",
+				".<major>_<minor>.").Replace("<c>."+name))
 		}
 	}
 	slices.Sort(names)
@@ -270,7 +306,8 @@ func fill(v reflect.Value) {
 
 func TestMetricsAreDocumented(t *testing.T) {
 	var documented []string
-	for _, name := range harness.AllOf("(?m)^\\| `(<[ch]>[^`]+)`", harness.ReadFile(t, "docs/metrics.md")) {
+	for _, name := range harness.AllOf("(?m)^\\| `(<[ch]>[^`]+)`",
+		harness.ReadFile(t, "docs/metrics.md")) {
 		documented = append(documented, harness.Expand(name)...)
 	}
 	slices.Sort(documented)
@@ -352,7 +389,9 @@ func TestMetricOnTheWire(t *testing.T) {
 	}
 	p, _ := decimal(12.5)
 	body := encode([]metric{m, {"web.cpu", ".percent", p, 1795409681}})
-	if want := `[{"metric":"web.cpu.total","value":18446744073709551615,"measure_time":1795409680},{"metric":"web.cpu.percent","value":12.5,"measure_time":1795409681}]`; string(body) != want || !json.Valid(body) {
+	if want := `[{"metric":"web.cpu.total","value":18446744073709551615,"measure_time":1795409680},` +
+		`{"metric":"web.cpu.percent","value":12.5,"measure_time":1795409681}]`; string(body) != want ||
+		!json.Valid(body) {
 		t.Errorf("JSON: %s, want %s", body, want)
 	}
 	if got := string(encode(nil)); got != "[]" {
@@ -362,7 +401,8 @@ func TestMetricOnTheWire(t *testing.T) {
 
 func TestDecimals(t *testing.T) {
 	for f, want := range map[float64]string{
-		0: "0", 1: "1", 0.0004: "0", 0.0005: "0.001", 0.001: "0.001", 0.01: "0.01", 0.1: "0.1", 29.9199: "29.92",
+		0: "0", 1: "1", 0.0004: "0", 0.0005: "0.001", 0.001: "0.001", 0.01: "0.01", 0.1: "0.1",
+		29.9199: "29.92",
 		99.9996: "100", 1234567.8901: "1234567.89", 1e12: "1000000000000",
 	} {
 		v, ok := decimal(f)
@@ -381,7 +421,8 @@ func TestDecodeUndoesEncode(t *testing.T) {
 	p, _ := decimal(12.5)
 	q, _ := decimal(0.001)
 	metrics := []metric{
-		{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}, {"web", ".cpu.percent", p, 1795409681}, {"", "a.b", q, 1}, {"", "a", whole(0), 9_999_999_999},
+		{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}, {"web", ".cpu.percent", p,
+			1795409681}, {"", "a.b", q, 1}, {"", "a", whole(0), 9_999_999_999},
 	}
 	got, err := decode(encode(metrics))
 	if err != nil || asLines(got) != asLines(metrics) {
@@ -391,10 +432,13 @@ func TestDecodeUndoesEncode(t *testing.T) {
 		``:      "not metrics in JSON: ",
 		`[] []`: "not metrics in JSON: ",
 		`[1]`:   "not metrics in JSON: ",
-		`[{"metric":"a","value":1,"measure_time":1.5}]`:                  "not metrics in JSON: ",
-		`[{"metric":"a","value":1,"measure_time":1},{}]`:                 `item 2 is no metric: "" = "" at 0`,
-		`[{"metric":"a b","value":1,"measure_time":1}]`:                  `item 1 is no metric: "a b" = "1" at 1`,
-		`[{"metric":"a\nb.c 1 1","value":1,"measure_time":1}]`:           `item 1 is no metric: "a\nb.c 1 1" = "1" at 1`,
+		`[{"metric":"a","value":1,"measure_time":1.5}]`: "not metrics in JSON: ",
+		`[{"metric":"a","value":1,"measure_time":1},{}]`: `item 2 is no metric: "" = ` +
+			`"" at 0`,
+		`[{"metric":"a b","value":1,"measure_time":1}]`: `item 1 is no metric: "a b" ` +
+			`= "1" at 1`,
+		`[{"metric":"a\nb.c 1 1","value":1,"measure_time":1}]`: `item 1 is no metric: ` +
+			`"a\nb.c 1 1" = "1" at 1`,
 		`[{"metric":"a..b","value":1,"measure_time":1}]`:                 `item 1 is no metric`,
 		`[{"metric":"a","value":-1,"measure_time":1}]`:                   `item 1 is no metric`,
 		`[{"metric":"a","value":1e9,"measure_time":1}]`:                  `item 1 is no metric`,

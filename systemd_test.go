@@ -25,7 +25,8 @@ func TestSystemdIsTold(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "s"), Net: "unixgram"})
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "s"),
+		Net: "unixgram"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,8 +51,10 @@ func TestSystemdIsTold(t *testing.T) {
 	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))
 	var out bytes.Buffer
-	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker", "--poll=1s")
-	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(), "WATCHDOG_USEC=2000000")
+	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker",
+		"--poll=1s")
+	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(),
+		"WATCHDOG_USEC=2000000")
 	daemon.Stderr = &out
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
@@ -61,7 +64,8 @@ func TestSystemdIsTold(t *testing.T) {
 	until("WATCHDOG_USEC=3000000") // three polls, as that is more
 	until("READY=1")
 	until("WATCHDOG=1")
-	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, answer 503 Service Unavailable`)
+	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, ` +
+		`answer 503 Service Unavailable`)
 	s.Set("", nil)
 	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: empty`)
 	until("WATCHDOG=1")
@@ -81,15 +85,17 @@ func TestSystemdIsTold(t *testing.T) {
 	}
 }
 
-// Signs of life are given at what happens, and not more often than is of use: a sweep that hangs gives none.
+// Signs of life are given at what happens, and not more often than is of use: a sweep that hangs
+// gives none.
 func TestSystemdNoticesAHungSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var signs int
-		s := &service{watchdog: 2 * time.Minute, queue: func() string { return "" }, send: func(state string) {
-			if state == "WATCHDOG=1" {
-				signs++
-			}
-		}}
+		s := &service{watchdog: 2 * time.Minute, queue: func() string { return "" },
+			send: func(state string) {
+				if state == "WATCHDOG=1" {
+					signs++
+				}
+			}}
 		for range 10 * 60 { // answers, one a second
 			s.alive()
 			time.Sleep(time.Second)
@@ -116,7 +122,8 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 
 func TestUnitHasAWatchdog(t *testing.T) {
 	unit := harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")
-	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "WatchdogSignal=SIGKILL", "StateDirectory=" + program} {
+	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "WatchdogSignal=SIGKILL",
+		"StateDirectory=" + program} {
 		if !strings.Contains(unit, "\n"+line+"\n") {
 			t.Errorf("the unit has no %s", line)
 		}
@@ -145,7 +152,8 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 		if err := os.WriteFile(file, []byte(unit), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(dir, "docker.service"), []byte("[Service]\nExecStart=/bin/true\n"), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "docker.service"),
+			[]byte("[Service]\nExecStart=/bin/true\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		verify := exec.Command("systemd-analyze", "verify", file)

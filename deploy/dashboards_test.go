@@ -15,21 +15,26 @@ import (
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
-// dashboards says for each file of queries how their paths begin, and what docs/metrics.md writes for that; the longer ones first.
+// dashboards says for each file of queries how their paths begin, and what docs/metrics.md writes
+// for that; the longer ones first.
 var dashboards = map[string][][2]string{
 	"deploy/grafana.json": {
-		{"$prefix.$host.**.", "<c>."}, {"$prefix.$host.", "<h>."}, {"$prefix.$container.", "<c>."}, {"$prefix.**.", "<c>."},
+		{"$prefix.$host.**.", "<c>."}, {"$prefix.$host.", "<h>."}, {"$prefix.$container.",
+			"<c>."}, {"$prefix.**.", "<c>."},
 	},
 	"deploy/graphite-dashboard.json": {{"docker.**.", "<c>."}, {"docker.*.", "<h>."}},
 }
 
-// graphiteFunctions are those of Graphite 1.1 that the dashboards use. That it has them, script/pictures shows.
+// graphiteFunctions are those of Graphite 1.1 that the dashboards use. That it has them,
+// script/pictures shows.
 var graphiteFunctions = []string{
-	"alias", "aliasByNode", "aliasSub", "asPercent", "consolidateBy", "fallbackSeries", "highestAverage", "lowestAverage", "lowestCurrent",
+	"alias", "aliasByNode", "aliasSub", "asPercent", "consolidateBy", "fallbackSeries",
+	"highestAverage", "lowestAverage", "lowestCurrent",
 	"nonNegativeDerivative", "perSecond", "scale",
 }
 
-// labels says what may be written on an axis where a unit is, by Grafana's names of units or in Graphite's vtitle.
+// labels says what may be written on an axis where a unit is, by Grafana's names of units or in
+// Graphite's vtitle.
 var labels = map[string][]string{
 	"":                 {"short", "none", "", "1 healthy, 0 unhealthy", "since the point before"},
 	"/s":               {"pps", "cps", "a second", "packets a second"},
@@ -50,7 +55,8 @@ type contract struct{ kind, unit string }
 func contracts(t *testing.T) map[string]contract {
 	t.Helper()
 	all := map[string]contract{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, ([^|]+))? \\|").FindAllStringSubmatch(harness.ReadFile(t, "docs/metrics.md"), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `(<[ch]>[^`]+)` \\| (counter|gauge)(?:, "+
+		"([^|]+))? \\|").FindAllStringSubmatch(harness.ReadFile(t, "docs/metrics.md"), -1) {
 		for _, name := range harness.Expand(row[1]) {
 			all[name] = contract{row[2], row[3]}
 		}
@@ -61,7 +67,8 @@ func contracts(t *testing.T) map[string]contract {
 	return all
 }
 
-// expression is a part of a Graphite query: the call of a function, the path of metrics, or a number or text.
+// expression is a part of a Graphite query: the call of a function, the path of metrics, or a
+// number or text.
 type expression struct {
 	function string
 	args     []expression
@@ -154,7 +161,10 @@ func (q *queryCheck) unit(e expression, within string) (string, error) {
 	if e.literal != "" {
 		return "", fmt.Errorf("%q where metrics should be", e.literal)
 	}
-	isRate := func(function string) bool { return function == "perSecond" || function == "nonNegativeDerivative" }
+	isRate := func(function string) bool {
+		return function == "perSecond" ||
+			function == "nonNegativeDerivative"
+	}
 	if e.path != "" {
 		names, err := q.names(e.path)
 		if err != nil {
@@ -163,7 +173,8 @@ func (q *queryCheck) unit(e expression, within string) (string, error) {
 		for _, name := range names {
 			q.used[name] = true
 			if m := q.metrics[name]; m != q.metrics[names[0]] {
-				return "", fmt.Errorf("%s: %s is a %s, %s, and %s another", e.path, name, m.kind, m.unit, names[0])
+				return "", fmt.Errorf("%s: %s is a %s, %s, and %s another", e.path, name, m.kind, m.unit,
+					names[0])
 			}
 		}
 		if isCounter := q.metrics[names[0]].kind == "counter"; isCounter != isRate(within) {
@@ -176,7 +187,8 @@ func (q *queryCheck) unit(e expression, within string) (string, error) {
 	}
 	q.functions[e.function] = true
 	if isRate(e.function) && e.args[0].path == "" {
-		return "", fmt.Errorf("%s of something other than metrics", e.function) // of a sum, it would take a restart for a negative rate
+		// of a sum, it would take a restart for a negative rate
+		return "", fmt.Errorf("%s of something other than metrics", e.function)
 	}
 	unit, err := q.unit(e.args[0], e.function)
 	if err != nil {
@@ -242,7 +254,8 @@ type graphiteGraph struct {
 	}
 }
 
-// UnmarshalJSON reads a graph as Graphite has it: a list of its targets as they are in a URL, its parameters, and a URL that is not used.
+// UnmarshalJSON reads a graph as Graphite has it: a list of its targets as they are in a URL, its
+// parameters, and a URL that is not used.
 func (g *graphiteGraph) UnmarshalJSON(text []byte) error {
 	return json.Unmarshal(text, &[]any{&g.id, &g.params, new(string)})
 }
@@ -305,13 +318,17 @@ func graphs(t *testing.T, file string) []labelled {
 func TestDashboardsKeepToTheContract(t *testing.T) {
 	// What has to be seen
 	both := []string{
-		"<h>.containers.{running,paused,stopped}", "<c>.cpu.percent", "<c>.memory.{working_set,percent}", "<c>.network.{rx,tx}_{bytes,errors,dropped}",
+		"<h>.containers.{running,paused,stopped}", "<c>.cpu.percent", "<c>.memory.{working_set,percent}",
+		"<c>.network.{rx,tx}_{bytes,errors,dropped}",
 		"<c>.blkio.{read,write}_bytes", "<c>.pids.current", "<c>.restarts", "<c>.health", "<c>.uptime",
 		"<h>.metrics.{duration,sampled,failed,collisions,sent,retried,dropped,spooled}",
 	}
 	needed := map[string][]string{
-		"deploy/grafana.json":            append(both[:len(both):len(both)], "<c>.cpu.{total,kernel,user}", "<c>.cpu.throttling.{periods,throttled_periods}", "<c>.memory.limit"),
-		"deploy/graphite-dashboard.json": append(both[:len(both):len(both)], "<c>.cpu.throttling.throttled_time"),
+		"deploy/grafana.json": append(both[:len(both):len(both)],
+			"<c>.cpu.{total,kernel,user}", "<c>.cpu.throttling.{periods,throttled_periods}",
+			"<c>.memory.limit"),
+		"deploy/graphite-dashboard.json": append(both[:len(both):len(both)],
+			"<c>.cpu.throttling.throttled_time"),
 	}
 	functions := map[string]bool{}
 	for file, begins := range dashboards {
@@ -353,7 +370,8 @@ func TestDashboardsKeepToTheContract(t *testing.T) {
 	}
 }
 
-// aliasSub leaves the container's name of what Graphite calls a series, and the metric's where there are several.
+// aliasSub leaves the container's name of what Graphite calls a series, and the metric's where
+// there are several.
 func TestDashboardLegends(t *testing.T) {
 	n := 0
 	for file := range dashboards {
@@ -366,7 +384,8 @@ func TestDashboardLegends(t *testing.T) {
 				n++
 				find := regexp.MustCompile(strings.ReplaceAll(e.args[1].literal, "$prefix", "docker"))
 				to := regexp.MustCompile(`\\(\d)`).ReplaceAllString(e.args[2].literal, "$${$1}")
-				path := strings.NewReplacer("$prefix", "docker", "$host.**", "web1.web", "**", "web1.web").Replace(e.paths()[0])
+				path := strings.NewReplacer("$prefix", "docker", "$host.**", "web1.web", "**",
+					"web1.web").Replace(e.paths()[0])
 				all := harness.Expand(path)
 				for _, path := range all {
 					want := "web1.web"
@@ -390,7 +409,8 @@ func TestDashboardLegends(t *testing.T) {
 
 // What is wrong is found.
 func TestDashboardQueriesThatAreWrong(t *testing.T) {
-	q := &queryCheck{dashboards["deploy/grafana.json"], contracts(t), map[string]bool{}, map[string]bool{}}
+	q := &queryCheck{dashboards["deploy/grafana.json"], contracts(t), map[string]bool{},
+		map[string]bool{}}
 	for query, want := range map[string]string{
 		"$prefix.$container.cpu.percent":                                                       "%",
 		"scale(perSecond($prefix.$container.cpu.{total,user}), 0.0000001)":                     "ns/s × 0.0000001",
@@ -407,18 +427,22 @@ func TestDashboardQueriesThatAreWrong(t *testing.T) {
 		}
 	}
 	for _, query := range []string{
-		"", "1", "'text'", "alias($prefix.$host.metrics.sent", "alias()", "alias('a', $prefix.$container.uptime)", "$prefix.$container.uptime)",
-		"$prefix.$container.cpu.total",                                              // a raw counter
-		"scale($prefix.$container.cpu.total, 2)",                                    // likewise
-		"scale(perSecond(scale($prefix.$container.cpu.total, 2)), 2)",               // too late
-		"perSecond($prefix.$container.memory.usage)",                                // a gauge
-		"perSecond(alias($prefix.$container.cpu.percent, 'a'))",                     // likewise
-		"$prefix.$container.cpu.usage",                                              // no such metric
-		"perSecond($prefix.$container.network.{rx,tx}_{bytes,lost})",                // one of them
-		"perSecond($prefix.$container.network.rx_{bytes,errors})",                   // not of one unit
-		"perSecond($prefix.$host.cpu.total)", "$prefix.$container.metrics.duration", // of a host, of a container
-		"$prefix.web.cpu.percent", "$container.cpu.percent", "other.**.cpu.percent", // of a path of its own
-		"derivative($prefix.$container.cpu.total)", "sumSeries($prefix.**.restarts)", // functions that are not to be used
+		"", "1", "'text'", "alias($prefix.$host.metrics.sent", "alias()",
+		"alias('a', $prefix.$container.uptime)", "$prefix.$container.uptime)",
+		"$prefix.$container.cpu.total",                                // a raw counter
+		"scale($prefix.$container.cpu.total, 2)",                      // likewise
+		"scale(perSecond(scale($prefix.$container.cpu.total, 2)), 2)", // too late
+		"perSecond($prefix.$container.memory.usage)",                  // a gauge
+		"perSecond(alias($prefix.$container.cpu.percent, 'a'))",       // likewise
+		"$prefix.$container.cpu.usage",                                // no such metric
+		"perSecond($prefix.$container.network.{rx,tx}_{bytes,lost})",  // one of them
+		"perSecond($prefix.$container.network.rx_{bytes,errors})",     // not of one unit
+		// of a host, of a container
+		"perSecond($prefix.$host.cpu.total)", "$prefix.$container.metrics.duration",
+		// of a path of its own
+		"$prefix.web.cpu.percent", "$container.cpu.percent", "other.**.cpu.percent",
+		// functions that are not to be used
+		"derivative($prefix.$container.cpu.total)", "sumSeries($prefix.**.restarts)",
 		"asPercent($prefix.$container.memory.usage, $prefix.$container.uptime)", // bytes of seconds
 	} {
 		e, err := parseQuery(query)
@@ -455,7 +479,8 @@ func TestGrafanaDashboardIsWhole(t *testing.T) {
 		if p.Type == "row" {
 			continue
 		}
-		if len(p.Targets) == 0 || len(p.Panels) > 0 || p.Datasource.UID != "${datasource}" || p.Datasource.Type != "graphite" {
+		if len(p.Targets) == 0 || len(p.Panels) > 0 || p.Datasource.UID != "${datasource}" ||
+			p.Datasource.Type != "graphite" {
 			t.Errorf("%s: %d queries to %+v", p.Title, len(p.Targets), p.Datasource)
 		}
 		refs := map[string]bool{}
@@ -483,7 +508,8 @@ func TestGrafanaVariables(t *testing.T) {
 			continue
 		}
 		query, isExpand := strings.CutPrefix(v.Query, "expand(")
-		metric, err := q.names(strings.Replace(strings.TrimSuffix(query, ")"), "$prefix.*.", "$prefix.$host.", 1))
+		metric, err := q.names(strings.Replace(strings.TrimSuffix(query, ")"), "$prefix.*.",
+			"$prefix.$host.", 1))
 		if err != nil || !isExpand {
 			t.Errorf("%s: %s: %v", v.Name, v.Query, err)
 			continue
@@ -514,7 +540,8 @@ func TestGraphiteDashboardIsWhole(t *testing.T) {
 		Graphs                               []graphiteGraph
 	}
 	readJSON(t, "deploy/graphite-dashboard.json", &d)
-	if d.Name == "" || d.TimeConfig == nil || d.RefreshConfig == nil || d.GraphSize == nil || d.DefaultGraphParams == nil || len(d.Graphs) < 15 {
+	if d.Name == "" || d.TimeConfig == nil || d.RefreshConfig == nil || d.GraphSize == nil ||
+		d.DefaultGraphParams == nil || len(d.Graphs) < 15 {
 		t.Errorf("something is missing: %+v", d)
 	}
 	for _, g := range d.Graphs {

@@ -41,7 +41,8 @@ func node(host string) string {
 	return regexp.MustCompile(`[^A-Za-z0-9_-]`).ReplaceAllString(host, "_")
 }
 
-// command runs a command of a shell, with the docker command for this engine and some variables, and returns what it printed.
+// command runs a command of a shell, with the docker command for this engine and some variables,
+// and returns what it printed.
 func command(t *testing.T, e *harness.Engine, script string, env ...string) string {
 	t.Helper()
 	out, err := tryCommand(t, e, script, env...)
@@ -73,14 +74,16 @@ type authority struct {
 func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	a := &authority{}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true}
 	a.key, a.certificate = certify(t, template, nil)
 	a.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.certificate.Raw})
 	return a
 }
 
 // certify makes a key and a certificate, signed by a, or by itself.
-func certify(t *testing.T, template *x509.Certificate, a *authority) (*ecdsa.PrivateKey, *x509.Certificate) {
+func certify(t *testing.T, template *x509.Certificate, a *authority) (*ecdsa.PrivateKey,
+	*x509.Certificate) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	harness.Must(t, err)
@@ -94,7 +97,8 @@ func certify(t *testing.T, template *x509.Certificate, a *authority) (*ecdsa.Pri
 	return key, certificate
 }
 
-// listening starts a stand-in for Backstop on listener, with TLS where there is an authority to vouch for host.
+// listening starts a stand-in for Backstop on listener, with TLS where there is an authority to
+// vouch for host.
 func listening(t *testing.T, listener net.Listener, a *authority, host string) *harness.StandIn {
 	t.Helper()
 	s := harness.UnstartedStandIn(t.Errorf)
@@ -102,8 +106,10 @@ func listening(t *testing.T, listener net.Listener, a *authority, host string) *
 	s.Listener.Close()
 	s.Listener = listener
 	if a != nil {
-		key, certificate := certify(t, &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.ParseIP(host)}}, a)
-		s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate.Raw}, PrivateKey: key}}}
+		key, certificate := certify(t, &x509.Certificate{SerialNumber: big.NewInt(2),
+			NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.ParseIP(host)}}, a)
+		s.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate.Raw},
+			PrivateKey: key}}}
 		s.Config.ErrorLog = log.New(io.Discard, "", 0) // a client that does not trust it tells so itself
 		s.StartTLS()
 	} else {
@@ -113,8 +119,8 @@ func listening(t *testing.T, listener net.Listener, a *authority, host string) *
 	return s
 }
 
-// goImage makes the image that ours is built in out of what is on this machine: Go, the modules, a shell, and root certificates, a's
-// among them.
+// goImage makes the image that ours is built in out of what is on this machine: Go, the modules, a
+// shell, and root certificates, a's among them.
 func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -132,7 +138,8 @@ func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 		harness.Must(t, os.MkdirAll(root+folder, 0o755))
 	}
 	certificates, _ := os.ReadFile("/etc/ssl/certs/ca-certificates.crt")
-	harness.Must(t, os.WriteFile(root+"/etc/ssl/certs/ca-certificates.crt", append(certificates, a.pem...), 0o644))
+	harness.Must(t, os.WriteFile(root+"/etc/ssl/certs/ca-certificates.crt",
+		append(certificates, a.pem...), 0o644))
 	for from, to := range map[string]string{
 		"/bin/busybox":                "/bin/busybox",
 		goEnv.GOROOT:                  "/usr/local/go",
@@ -141,11 +148,13 @@ func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 		harness.Must(t, os.Symlink(from, root+to))
 	}
 	for _, applet := range []string{"sh", "mkdir"} {
-		harness.Must(t, os.WriteFile(root+"/bin/"+applet, []byte("#!/bin/busybox sh\nexec /bin/busybox "+applet+` "$@"`+"\n"), 0o755))
+		harness.Must(t, os.WriteFile(root+"/bin/"+applet,
+			[]byte("#!/bin/busybox sh\nexec /bin/busybox "+applet+` "$@"`+"\n"), 0o755))
 	}
 	name = e.Image + "-go"
 	t.Cleanup(func() { e.RemoveImageExtended(name, docker.RemoveImageOptions{Force: true}) })
-	command(t, e, `tar -C "$ROOT" --dereference --exclude=testdata --exclude='*_test.go' --exclude=usr/local/go/src/cmd --exclude=usr/local/go/test -c . |
+	command(t,
+		e, `tar -C "$ROOT" --dereference --exclude=testdata --exclude='*_test.go' --exclude=usr/local/go/src/cmd --exclude=usr/local/go/test -c . |
 		docker import --change 'ENV PATH=/usr/local/go/bin:/bin GOPROXY=file:///modules GOSUMDB=off GOTOOLCHAIN=local HOME=/tmp' - "$NAME"`,
 		"ROOT="+root, "NAME="+name)
 	return name
@@ -156,7 +165,8 @@ func buildImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	t.Helper()
 	name = e.Image + "-built"
 	build := readmeCommand(t, "## As a container", "docker build")
-	build = strings.Replace(build, "-t docker-stats-to-backstop ", `-t "$NAME" --network none --force-rm --build-arg GO_IMAGE="$GO_IMAGE" `, 1)
+	build = strings.Replace(build, "-t docker-stats-to-backstop ",
+		`-t "$NAME" --network none --force-rm --build-arg GO_IMAGE="$GO_IMAGE" `, 1)
 	out, err := tryCommand(t, e, build, "NAME="+name, "GO_IMAGE="+goImage(t, e, a))
 	t.Cleanup(func() {
 		e.RemoveImageExtended(name, docker.RemoveImageOptions{Force: true})
@@ -175,7 +185,8 @@ func buildImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 // readmeCommand returns the command in a section of the README that begins like that.
 func readmeCommand(t *testing.T, heading, start string) string {
 	t.Helper()
-	m := regexp.MustCompile(`\n((?:    .*\\\n)*?    ` + start + `(?:.*\\\n)*.*\n)`).FindStringSubmatch(harness.Section(t, heading))
+	m := regexp.MustCompile(`\n((?:    .*\\\n)*?    ` + start +
+		`(?:.*\\\n)*.*\n)`).FindStringSubmatch(harness.Section(t, heading))
 	if m == nil {
 		t.Fatalf("the README has no %s under %s", start, heading)
 	}
@@ -202,12 +213,14 @@ func testContents(t *testing.T, e *harness.Engine, image string) {
 	if size := info.Size; size > 10<<20 {
 		t.Errorf("it has %d bytes", size)
 	}
-	made, err := e.CreateContainer(docker.CreateContainerOptions{Name: e.Name(t, "look"), Config: &docker.Config{Image: image}})
+	made, err := e.CreateContainer(docker.CreateContainerOptions{Name: e.Name(t, "look"),
+		Config: &docker.Config{Image: image}})
 	harness.Must(t, err)
 	t.Cleanup(func() { e.Remove(made.ID) })
 	var files []string
 	var export bytes.Buffer
-	harness.Must(t, e.ExportContainer(docker.ExportContainerOptions{ID: made.ID, OutputStream: &export}))
+	harness.Must(t, e.ExportContainer(docker.ExportContainerOptions{ID: made.ID,
+		OutputStream: &export}))
 	for archive := tar.NewReader(&export); ; {
 		header, err := archive.Next()
 		if err == io.EOF {
@@ -215,8 +228,10 @@ func testContents(t *testing.T, e *harness.Engine, image string) {
 		}
 		harness.Must(t, err)
 		// The engine itself brings these.
-		if !regexp.MustCompile(`^(\.dockerenv|dev/.*|proc/|sys/|etc/(hostname|hosts|mtab|resolv\.conf))$`).MatchString(header.Name) {
-			files = append(files, fmt.Sprintf("%s %s %d:%d", header.FileInfo().Mode(), header.Name, header.Uid, header.Gid))
+		if !regexp.MustCompile(`^(\.dockerenv|dev/.*|proc/|sys/|etc/(hostname|hosts|mtab|` +
+			`resolv\.conf))$`).MatchString(header.Name) {
+			files = append(files, fmt.Sprintf("%s %s %d:%d", header.FileInfo().Mode(), header.Name,
+				header.Uid, header.Gid))
 		}
 	}
 	slices.Sort(files)
@@ -262,7 +277,8 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	harness.Must(t, err)
 	logs := func() string { out, _ := tryCommand(t, e, "docker logs "+container); return out }
 	// The names of both have one dot, so the README's prefix leaves them as they are.
-	all := []string{`^` + regexp.QuoteMeta(node(engine.Name)) + `\.metrics\.sampled `, `^` + regexp.QuoteMeta(container) + `\.cpu\.total `,
+	all := []string{`^` + regexp.QuoteMeta(node(engine.Name)) + `\.metrics\.sampled `,
+		`^` + regexp.QuoteMeta(container) + `\.cpu\.total `,
 		`^` + regexp.QuoteMeta(e.Name(t, "neighbour")) + `\.cpu\.total `}
 	await := func() {
 		t.Helper()
@@ -295,16 +311,21 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 
 	// The certificates are what makes https work.
 	harness.Must(t, e.Remove(container))
-	out, err := tryCommand(t, e, strings.NewReplacer("--detach", "--env SSL_CERT_FILE=/LICENSE --env SSL_CERT_DIR=/spool", "--restart unless-stopped", "").Replace(strings.TrimSpace(run))+" --once")
-	if err == nil || !strings.Contains(out, "certificate signed by unknown authority") || strings.Contains(out, "password") {
+	out, err := tryCommand(t, e,
+		strings.NewReplacer("--detach", "--env SSL_CERT_FILE=/LICENSE --env SSL_CERT_DIR=/spool",
+			"--restart unless-stopped", "").Replace(strings.TrimSpace(run))+" --once")
+	if err == nil || !strings.Contains(out, "certificate signed by unknown authority") ||
+		strings.Contains(out, "password") {
 		t.Errorf("without them: %v\n%s", err, out)
 	}
 }
 
-// gateway starts a container, called neighbour, and returns the address at which it reaches its host.
+// gateway starts a container, called neighbour, and returns the address at which it reaches its
+// host.
 func gateway(t *testing.T, e *harness.Engine) string {
 	t.Helper()
-	neighbour, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: e.Run(t, "neighbour", "", docker.HostConfig{})})
+	neighbour, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: e.Run(t,
+		"neighbour", "", docker.HostConfig{})})
 	harness.Must(t, err)
 	gateway := neighbour.NetworkSettings.Networks["bridge"].Gateway
 	if gateway == "" {
@@ -345,7 +366,8 @@ func listenIn(t *testing.T, pid int) net.Listener {
 func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 	own := harness.StartOwn(t)
 	e := harness.Connect(t, own.Address)
-	command(t, usual, `docker save "$IMAGE" | docker --host "$OWN" load`, "IMAGE="+image, "OWN="+own.Address)
+	command(t, usual, `docker save "$IMAGE" | docker --host "$OWN" load`, "IMAGE="+image,
+		"OWN="+own.Address)
 	command(t, e, "docker swarm init --advertise-addr 127.0.0.1")
 	s := listening(t, listenIn(t, own.Pid()), nil, "")
 	s.Set("user:password", nil)
@@ -359,18 +381,25 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 		t.Fatal("deploy/stack.yaml has no socket to replace by the own engine's")
 	}
 	file := filepath.Join(t.TempDir(), "stack.yaml")
-	harness.Must(t, os.WriteFile(file, []byte(strings.Replace(text, "- /var/run/docker.sock:", "- "+strings.TrimPrefix(own.Address, "unix://")+":", 1)), 0o600))
+	harness.Must(t, os.WriteFile(file,
+		[]byte(strings.Replace(text, "- /var/run/docker.sock:",
+			"- "+strings.TrimPrefix(own.Address, "unix://")+":", 1)), 0o600))
 	_, port, err := net.SplitHostPort(s.Listener.Addr().String())
 	harness.Must(t, err)
-	deploy := readmeCommand(t, "## As a container", "printf") + readmeCommand(t, "## As a container", "docker stack deploy")
-	deploy = strings.Replace(deploy, "https://user:password@backstop.server/publish/docker", "http://user:password@"+gateway(t, e)+":"+port+"/publish/docker", 1)
+	deploy := readmeCommand(t, "## As a container", "printf") + readmeCommand(t, "## As a container",
+		"docker stack deploy")
+	deploy = strings.Replace(deploy, "https://user:password@backstop.server/publish/docker",
+		"http://user:password@"+gateway(t, e)+":"+port+"/publish/docker", 1)
 	deploy = strings.Replace(deploy, "deploy/stack.yaml", file, 1)
 	t.Log(command(t, e, deploy, "IMAGE="+image))
 
 	host := command(t, e, "docker node ls --format '{{.Hostname}}'")
-	for _, name := range []string{"metrics.sampled", "web.1.cpu.total", "agent.cpu.total", "metrics_docker-stats-to-backstop.cpu.total"} {
+	for _, name := range []string{"metrics.sampled", "web.1.cpu.total", "agent.cpu.total",
+		"metrics_docker-stats-to-backstop.cpu.total"} {
 		if err := s.Await(`^`+regexp.QuoteMeta(node(host)+"."+name)+" ", 1, 2*time.Minute); err != nil {
-			log, _ := tryCommand(t, e, "docker service ps --no-trunc metrics_docker-stats-to-backstop; docker service logs --raw metrics_docker-stats-to-backstop")
+			log, _ := tryCommand(t, e,
+				"docker service ps --no-trunc metrics_docker-stats-to-backstop; docker service logs --raw "+
+					"metrics_docker-stats-to-backstop")
 			t.Fatalf("%v; there are\n%s\n%s", err, s.Lines(), log)
 		}
 	}
@@ -379,11 +408,13 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 // Compose reads the file, and what arrives of it are rules.
 func TestComposeTakesTheFile(t *testing.T) {
 	// What Compose itself reads its files with.
-	compose := exec.Command("go", "run", "github.com/compose-spec/compose-go/v2/cmd@v2.16.2", "-format=json", "deploy/compose.yaml")
+	compose := exec.Command("go", "run", "github.com/compose-spec/compose-go/v2/cmd@v2.16.2",
+		"-format=json", "deploy/compose.yaml")
 	compose.Dir = harness.Top(t)
 	compose.Env = append(os.Environ(), "GOFLAGS=")
 	out, err := compose.Output()
-	if exit := new(exec.ExitError); errors.As(err, &exit) && strings.Contains(string(exit.Stderr), "compose.yaml") {
+	if exit := new(exec.ExitError); errors.As(err, &exit) && strings.Contains(string(exit.Stderr),
+		"compose.yaml") {
 		t.Fatalf("%s", exit.Stderr)
 	} else if err != nil {
 		harness.Cannot(t, "compose-go cannot be had: %v", err)

@@ -22,7 +22,8 @@ import (
 // rulesOfProxy returns what deploy/haproxy.cfg lets through.
 func rulesOfProxy(t *testing.T) *regexp.Regexp {
 	t.Helper()
-	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(harness.ReadFile(t, "deploy/haproxy.cfg"))
+	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(harness.ReadFile(t,
+		"deploy/haproxy.cfg"))
 	if m == nil {
 		t.Fatal("deploy/haproxy.cfg has no rule")
 	}
@@ -47,7 +48,8 @@ func TestLiveOnlyReads(t *testing.T) {
 	})
 	s := harness.NewStandIn(t)
 	var out bytes.Buffer
-	daemon := exec.Command(harness.Program, "--docker="+e.Address, "--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
+	daemon := exec.Command(harness.Program, "--docker="+e.Address,
+		"--backstop="+s.URL+"/publish/docker", "--poll=1s", "--per=core,interface,device", "--host=h")
 	daemon.Stderr = &out
 	harness.Must(t, daemon.Start())
 	ended := make(chan error, 1)
@@ -59,10 +61,12 @@ func TestLiveOnlyReads(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("%v\n%s", err, out.String())
 	}
-	if text, err := exec.Command(harness.Program, "--docker="+e.Address, "--check").CombinedOutput(); err != nil {
+	if text, err := exec.Command(harness.Program, "--docker="+e.Address,
+		"--check").CombinedOutput(); err != nil {
 		t.Errorf("--check: %v\n%s", err, text)
 	}
-	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json", "/containers/ID/stats"} {
+	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json",
+		"/containers/ID/stats"} {
 		if !seen[path] {
 			t.Errorf("%s was not asked for, and is let through for nothing", path)
 		}
@@ -85,7 +89,8 @@ func TestLiveBehindAProxy(t *testing.T) {
 	}
 	dir := t.TempDir()
 	socket := filepath.Join(dir, "s")
-	config := strings.NewReplacer("/run/docker-stats/docker.sock", socket, "/var/run/docker.sock", strings.TrimPrefix(e.Address, "unix://")).
+	config := strings.NewReplacer("/run/docker-stats/docker.sock", socket, "/var/run/docker.sock",
+		strings.TrimPrefix(e.Address, "unix://")).
 		Replace(harness.ReadFile(t, "deploy/haproxy.cfg"))
 	harness.Must(t, os.WriteFile(filepath.Join(dir, "cfg"), []byte(config), 0o600))
 	var out bytes.Buffer
@@ -107,14 +112,19 @@ func TestLiveBehindAProxy(t *testing.T) {
 		}
 	}
 	lines, err := exec.Command(harness.Program, "--docker=unix://"+socket, "--once").Output()
-	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") || !strings.Contains(string(lines), ".seen.uptime ") || !strings.Contains(string(lines), ".containers.running ") {
+	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") ||
+		!strings.Contains(string(lines), ".seen.uptime ") ||
+		!strings.Contains(string(lines), ".containers.running ") {
 		t.Errorf("%v\n%s", err, lines)
 	}
 
 	for _, refused := range [][2]string{
-		{"POST", "/containers/" + id + "/kill"}, {"DELETE", "/containers/" + id}, {"POST", "/containers/create"}, {"GET", "/images/json"},
-		{"GET", "/containers/" + id + "/logs?stdout=1"}, {"GET", "/containers/" + id + "/archive?path=/"}, {"GET", "/containers/../images/json"},
-		{"GET", "/containers/" + id + "%2Flogs"}, {"GET", "/secrets"}, {"HEAD", "/containers/json"}, {"GET", "/info/../containers/" + id + "/logs?stdout=1"},
+		{"POST", "/containers/" + id + "/kill"}, {"DELETE", "/containers/" + id}, {"POST",
+			"/containers/create"}, {"GET", "/images/json"},
+		{"GET", "/containers/" + id + "/logs?stdout=1"}, {"GET",
+			"/containers/" + id + "/archive?path=/"}, {"GET", "/containers/../images/json"},
+		{"GET", "/containers/" + id + "%2Flogs"}, {"GET", "/secrets"}, {"HEAD",
+			"/containers/json"}, {"GET", "/info/../containers/" + id + "/logs?stdout=1"},
 	} {
 		req, err := http.NewRequest(refused[0], "http://engine"+refused[1], nil)
 		harness.Must(t, err)

@@ -28,8 +28,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// What a sweep costs, beside the floor: the same requests to the same engine, with their answers thrown away. script/bench
-// shows it.
+// What a sweep costs, beside the floor: the same requests to the same engine, with their answers
+// thrown away. script/bench shows it.
 
 func TestMain(m *testing.M) {
 	testscript.Main(harness.Built{M: m}, map[string]func(){"floor": floor})
@@ -68,9 +68,11 @@ func peakOf(pid int) int {
 	return kB
 }
 
-// measure runs a command that sweeps at each tick until it has done so some times, and returns its costs for one sweep. A sweep is over with a line that matches
-// over; walls have their duration as first group.
-func measure(b *testing.B, command *exec.Cmd, sweeps int, over, walls *regexp.Regexp, engine []int) costs {
+// measure runs a command that sweeps at each tick until it has done so some times, and returns its
+// costs for one sweep. A sweep is over with a line that matches over; walls have their duration as
+// first group.
+func measure(b *testing.B, command *exec.Cmd, sweeps int, over, walls *regexp.Regexp,
+	engine []int) costs {
 	b.Helper()
 	out, err := command.StdoutPipe()
 	if err != nil {
@@ -103,9 +105,10 @@ func measure(b *testing.B, command *exec.Cmd, sweeps int, over, walls *regexp.Re
 		case warmUp + sweeps:
 			slices.Sort(took)
 			return costs{
-				wall: took[len(took)/2],
-				cpu:  (cpuOf(command.Process.Pid) - own) / time.Duration(sweeps), engine: (cpuOf(engine...) - theirs) / time.Duration(sweeps),
-				peak: peakOf(command.Process.Pid),
+				wall:   took[len(took)/2],
+				cpu:    (cpuOf(command.Process.Pid) - own) / time.Duration(sweeps),
+				engine: (cpuOf(engine...) - theirs) / time.Duration(sweeps),
+				peak:   peakOf(command.Process.Pid),
 			}
 		}
 	}
@@ -121,7 +124,8 @@ func crowd(b *testing.B, e *harness.Engine, n int) {
 		name := fmt.Sprintf("dstb-bench-%d", i)
 		b.Cleanup(func() { e.Remove(name) })
 		group.Go(func() error {
-			c, err := e.CreateContainer(docker.CreateContainerOptions{Name: name, Config: &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100000"}}})
+			c, err := e.CreateContainer(docker.CreateContainerOptions{Name: name,
+				Config: &docker.Config{Image: e.Image, Cmd: []string{"/busybox", "sleep", "100000"}}})
 			if err != nil {
 				return err
 			}
@@ -141,7 +145,8 @@ func TestFewOpenFiles(t *testing.T) {
 	}
 	s := harness.NewStandIn(t)
 	address := harness.Crowd(t, 5000, 300*time.Millisecond)
-	out, err := exec.Command("sh", "-c", `ulimit -n 1024; exec "$0" "$@"`, binary, "--once", "--backstop="+s.URL+"/publish/docker", "--docker="+address).CombinedOutput()
+	out, err := exec.Command("sh", "-c", `ulimit -n 1024; exec "$0" "$@"`, binary, "--once",
+		"--backstop="+s.URL+"/publish/docker", "--docker="+address).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("%v %.2000s", err, out)
 	}
@@ -166,7 +171,9 @@ func switchesOf(pid int) (switches int) {
 // Between sweeps nothing wakes it up, nor does it ask for anything.
 func TestNothingHappensBetweenSweeps(t *testing.T) {
 	s := harness.NewStandIn(t)
-	daemon := exec.Command(harness.Program, "--backstop="+s.URL+"/publish/docker", "--docker="+harness.Crowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+filepath.Join(t.TempDir(), "a", "spool"))
+	daemon := exec.Command(harness.Program, "--backstop="+s.URL+"/publish/docker",
+		"--docker="+harness.Crowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+
+			filepath.Join(t.TempDir(), "a", "spool"))
 	if err := daemon.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -175,7 +182,8 @@ func TestNothingHappensBetweenSweeps(t *testing.T) {
 	if err := s.Await(`^h\.metrics\.sampled `, 1, time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	// What the runtime has to clear up after the sweep is done within seconds. Whatever came once a second would never let it rest.
+	// What the runtime has to clear up after the sweep is done within seconds. Whatever came once a
+	// second would never let it rest.
 	const enough = 30
 	deadline := time.Now().Add(time.Minute)
 	for quiet, before := 0, 0; quiet < enough; <-time.After(100 * time.Millisecond) {
@@ -289,7 +297,8 @@ func engineProcesses() (pids []int) {
 }
 
 // floor is a command of its own, so that its costs can be told from all others: it asks the engine
-// for what a sweep asks, at each tick, throws the answers away, and writes how long that took, in ns.
+// for what a sweep asks, at each tick, throws the answers away, and writes how long that took, in
+// ns.
 func floor() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(1) // as the daemon does, and for its reason

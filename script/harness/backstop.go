@@ -56,7 +56,8 @@ func NewStandIn(t testing.TB) *StandIn {
 	return s
 }
 
-// UnstartedStandIn returns a stand-in without a server, which complains of what breaks the contract.
+// UnstartedStandIn returns a stand-in without a server, which complains of what breaks the
+// contract.
 func UnstartedStandIn(complain func(string, ...any)) *StandIn {
 	return &StandIn{
 		complain: complain, points: map[string]string{}, inFlight: new(int), arrived: make(chan struct{}),
@@ -194,8 +195,8 @@ func (s *StandIn) Answer(w http.ResponseWriter, r *http.Request) {
 	io.WriteString(w, text)
 }
 
-// authorized reports whether a request has these credentials, user:password, in a form that Backstop
-// can take apart.
+// authorized reports whether a request has these credentials, user:password, in a form that
+// Backstop can take apart.
 func authorized(r *http.Request, auth string) bool {
 	user, password, _ := r.BasicAuth()
 	return user+":"+password == auth && password != "" && !strings.ContainsAny(password, ":,")
@@ -240,8 +241,8 @@ func (s *StandIn) take(r *http.Request, auth string) (int, string) {
 	return http.StatusOK, "ok"
 }
 
-// RestartCarbon leaves the stand-in with a dead connection to Carbon, that far away, as a restart of
-// Carbon does with Backstop.
+// RestartCarbon leaves the stand-in with a dead connection to Carbon, that far away, as a restart
+// of Carbon does with Backstop.
 func (s *StandIn) RestartCarbon(roundTrip time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

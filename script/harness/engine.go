@@ -35,7 +35,10 @@ func Usual(t testing.TB) *Engine {
 }
 
 // UsualAddress is the address of the engine that the docker command uses.
-func UsualAddress() string { return cmp.Or(os.Getenv("DOCKER_HOST"), "unix:///var/run/docker.sock") }
+func UsualAddress() string {
+	return cmp.Or(os.Getenv("DOCKER_HOST"),
+		"unix:///var/run/docker.sock")
+}
 
 // Connect makes the image on the engine at address.
 func Connect(t testing.TB, address string) *Engine {

@@ -1,4 +1,5 @@
-// Package harness has the stand-ins that the tests share: a Backstop, an engine of recorded answers, and real engines.
+// Package harness has the stand-ins that the tests share: a Backstop, an engine of recorded
+// answers, and real engines.
 package harness
 
 import (

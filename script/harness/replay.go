@@ -194,7 +194,8 @@ func Crowd(t testing.TB, n int, takes time.Duration) (address string) {
 	}
 	all, err := json.Marshal(list)
 	Must(t, err)
-	stats, info, inspect := read("stats-one-shot-busy.json"), read("info.json"), read("inspect-busy.json")
+	stats, info, inspect := read("stats-one-shot-busy.json"), read("info.json"),
+		read("inspect-busy.json")
 	listener, err := net.Listen("unix", filepath.Join(t.TempDir(), "docker.sock"))
 	Must(t, err)
 	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
