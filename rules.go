@@ -40,7 +40,7 @@ func parseRules(text string) (rules, error) {
 	for i, raw := range list {
 		r, err := source.parseRule(raw)
 		if err == nil {
-			err = rs.useful(r, i == len(list)-1)
+			err = checkUse(rs, r, i == len(list)-1)
 		}
 		if err != nil && isList {
 			err = fmt.Errorf("rule %d: %w", i+1, err)
@@ -188,7 +188,8 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	if !given["regexp"] {
 		return r, errors.New(`the key "regexp" is missing; ` + form)
 	}
-	return r, r.compile(pattern)
+	err := compileRule(&r, pattern)
+	return r, err
 }
 
 // stringOf reads the string that is the value of a key.
@@ -216,9 +217,9 @@ func boolOf(key string, value json.RawMessage) (bool, error) {
 	return value[0] == 't', nil
 }
 
-// compile checks the values of r, and compiles its pattern.
-func (r *rule) compile(pattern string) (err error) {
-	if err := r.checkFrom(); err != nil {
+// compileRule checks the values of r, and compiles its pattern.
+func compileRule(r *rule, pattern string) (err error) {
+	if err := checkFrom(r); err != nil {
 		return err
 	}
 	if r.regexp, err = regexp.Compile(pattern); err != nil {
@@ -243,7 +244,7 @@ func (r *rule) compile(pattern string) (err error) {
 }
 
 // checkFrom refuses a "from" that rules cannot see.
-func (r *rule) checkFrom() error {
+func checkFrom(r *rule) error {
 	key, isLabel := strings.CutPrefix(r.from, "label:")
 	switch {
 	case isLabel && key != "", r.from == "name", r.from == "image", r.from == "id":
@@ -256,8 +257,8 @@ func (r *rule) checkFrom() error {
 	return fmt.Errorf(wrong, r.from)
 }
 
-// useful refuses a rule that has no effect after the rules rs.
-func (rs rules) useful(r rule, last bool) error {
+// checkUse refuses a rule that has no effect after the rules rs.
+func checkUse(rs rules, r rule, last bool) error {
 	switch {
 	case r.drop && (r.rename || r.category != ""):
 		return errors.New(`"drop" leaves the container out altogether, ` +
