@@ -188,7 +188,7 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	if !given["regexp"] {
 		return r, errors.New(`the key "regexp" is missing; ` + form)
 	}
-	err := compileRule(&r, pattern)
+	err = compileRule(&r, pattern)
 	return r, err
 }
 
