@@ -296,6 +296,12 @@ func isToHalve(err error) bool {
 	return errors.As(err, &r) && r.remedy() == halveIt
 }
 
+// isTooSlow reports whether err is that of a request that was not through in its time.
+func isTooSlow(err error) bool {
+	var late noAnswer
+	return errors.As(err, &late)
+}
+
 func isTooLarge(err error) bool {
 	var r *refusal
 	return errors.As(err, &r) && r.status == http.StatusRequestEntityTooLarge

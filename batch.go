@@ -6,9 +6,12 @@ import (
 	"compress/gzip"
 	"errors"
 	"fmt"
+	"os"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 const (
@@ -19,28 +22,57 @@ const (
 	maxBody = 16 << 20
 )
 
+// diskBlock is what a file takes at least: the limit is one of room on the disk.
+const diskBlock = 4 << 10
+
 // batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep.
 type batch struct {
-	body   []byte // what is still to be delivered, as encode wrote it; nil while it has to wait
-	packed []byte // the same, packed; nil if it was never needed, or if the file has it all
-	file   string // its file in the spool, "" if it is in memory only
-	size   int64  // bytes that it takes up in the spool, or in memory
-	count  int    // metrics that are still to be delivered
-	oldest int64  // the oldest time among its metrics, in Unix seconds
-	tried  bool   // whether it was posted before
+	body   []byte    // what is still to be delivered, as encode wrote it; nil while it has to wait
+	packed []byte    // the same, packed; nil if it was never needed, or if the file has it all
+	file   string    // its file in the spool, "" if it is in memory only
+	size   int64     // bytes that it takes up in the spool, or in memory
+	count  int       // metrics that are still to be delivered
+	oldest int64     // the oldest time among its metrics, in Unix seconds
+	tried  bool      // whether it was posted before
+	put    time.Time // when it was queued, zero for one that was found in the spool
 }
 
 func newBatch(metrics []metric) *batch {
 	body := encode(metrics)
 	oldest := slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) })
-	return &batch{body: body, size: int64(len(body)), count: len(metrics), oldest: oldest.time}
+	return &batch{body: body, size: int64(len(body)), count: len(metrics), oldest: oldest.time,
+		put: time.Now()}
 }
 
-// pack makes sure that b can do without its body.
-func (b *batch) pack() {
-	if b.packed == nil && b.file == "" {
-		b.packed = pack(b.body)
-		b.size = int64(len(b.packed))
+// pack makes sure that b can do without its body, in memory or, with toDisk, until it has a file.
+func (b *batch) pack(toDisk bool) {
+	if b.packed != nil || b.file != "" {
+		return
+	}
+	b.packed = pack(b.body)
+	packed := int64(len(b.packed))
+	b.size = packed + packed/2 + 512 // the garbage collector needs some room: see tuneCollector
+	if toDisk {
+		b.size = max(b.size, onDisk(packed))
+	}
+}
+
+// onDisk returns what a file of so many bytes takes of the disk.
+func onDisk(bytes int64) int64 {
+	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
+}
+
+// tuneCollector lets Go's garbage collector run more often, if so many bytes are in memory that its
+// usual room, as much again, would be too much.
+func tuneCollector(held int64) {
+	const usual, often = 100, 25 // percent
+	if os.Getenv("GOGC") != "" {
+		return
+	}
+	if held < 16<<20 {
+		debug.SetGCPercent(usual)
+	} else {
+		debug.SetGCPercent(often)
 	}
 }
 
@@ -58,7 +90,7 @@ func pack(body []byte) []byte {
 	w.Reset(&b)
 	w.Write(body) // never fails on a Buffer
 	w.Close()
-	return b.Bytes()
+	return bytes.Clone(b.Bytes()) // without the room to grow
 }
 
 // unpack undoes pack. Anything cut off or changed is an error.

@@ -16,6 +16,8 @@ import (
 const (
 	// maxTold is how many different troubles of an outage, or refused metrics of a batch, are logged.
 	maxTold = 10
+	// minRequest is how many metrics a slow receiver gets at once at least. They are 10 KB.
+	minRequest = 100
 	// probes is how often in a row a metric has to be accepted until another one is to blame for being
 	// refused: more often than a receiver does that refuses every second, third or fourth request.
 	probes = 4
@@ -34,6 +36,7 @@ var usualPace = pace{time.Second, time.Minute, time.Minute}
 type delivery struct {
 	to    destination
 	queue *queue
+	store *store
 	pace  pace
 	rest  func() // called when everything is delivered
 	log   *slog.Logger
@@ -54,9 +57,11 @@ type outage struct {
 	oldest    int64    // their oldest time, in Unix seconds
 }
 
-// newDelivery prepares for delivering what is in q to to.
-func newDelivery(to destination, q *queue, log *slog.Logger) *delivery {
-	d := &delivery{to: to, queue: q, pace: usualPace, rest: func() {}, log: log, most: maxBatch}
+// newDelivery prepares for delivering what is in the queue of st to to.
+func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
+	q := st.queue
+	d := &delivery{to: to, queue: q, store: st, pace: usualPace, rest: func() {}, log: log,
+		most: maxBatch}
 	if q.late > 0 {
 		d.outage.over = "metrics of the earlier run are delivered"
 	}
@@ -117,9 +122,14 @@ func (f *flight) cut(n int) {
 // others go first.
 func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 	start := time.Now()
-	body, lost, ok := d.queue.load(b)
-	d.lost += lost
-	if !ok {
+	body, err := d.store.load(b)
+	if errors.Is(err, errAway) {
+		d.queue.putBack(b, nil, "")
+		return nil
+	} else if err != nil {
+		d.lost += b.count
+		d.queue.giveUp(b, b.count)
+		d.queue.forget(b)
 		return nil
 	}
 	f := &flight{batch: b, parts: [][]byte{body}}
@@ -151,6 +161,9 @@ func (d *delivery) step(ctx context.Context, f *flight) error {
 	}
 	err := d.post(ctx, f)
 	switch {
+	case isTooSlow(err):
+		d.most = min(d.most, max(n/2, minRequest))
+		return err
 	case err == nil || !isToHalve(err):
 		return err
 	case n == 1:
@@ -231,7 +244,8 @@ func (d *delivery) setAside(f *flight) {
 	d.lost += len(f.bad)
 	some := bytes.Join(f.bad[:min(len(f.bad), maxTold)], []byte(" "))
 	attrs := []any{"metrics", len(f.bad), "such_as", string(some), "error", errorText(f.refusal)}
-	if name := d.queue.giveUp(f.batch, join(f.bad)); name != "" {
+	d.queue.giveUp(f.batch, len(f.bad))
+	if name := d.store.setAside(join(f.bad), f.oldest); name != "" {
 		attrs = append(attrs, "file", name)
 	}
 	d.log.Error("metrics refused; they are given up", attrs...)
@@ -290,14 +304,14 @@ func (d *delivery) pause(err error) time.Duration {
 
 // end says what becomes of metrics that were not delivered.
 func (d *delivery) end(trouble string) error {
-	kept, lost := d.queue.end()
+	kept, lost := d.store.end()
 	if kept+lost > 0 {
 		var attrs []any
 		if lost > 0 {
 			attrs = append(attrs, "lost", lost)
 		}
 		if kept > 0 {
-			attrs = append(attrs, "kept", kept, "spool", d.queue.spool.dir)
+			attrs = append(attrs, "kept", kept, "spool", d.store.spool.dir)
 		}
 		d.log.Error("ending without having delivered everything", append(attrs, "error", trouble)...)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -10,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -44,6 +46,29 @@ type receiver struct {
 	start time.Time
 	sizes []int // of the requests that were taken
 	got   []int // the values
+	news  chan struct{}
+}
+
+// waitFor waits until so many values have arrived.
+func (r *receiver) waitFor(t *testing.T, values int) {
+	t.Helper()
+	r.mu.Lock()
+	if r.news == nil {
+		r.news = make(chan struct{}, 1)
+	}
+	r.mu.Unlock()
+	late := time.After(time.Minute)
+	for {
+		if _, got := r.sofar(); len(got) >= values {
+			return
+		}
+		select {
+		case <-r.news:
+		case <-late:
+			_, got := r.sofar()
+			t.Fatalf("%d values arrived, want %d", len(got), values)
+		}
+	}
 }
 
 func (r *receiver) destination() destination { return destination{"Backstop", r.post} }
@@ -78,6 +103,10 @@ func (r *receiver) post(_ context.Context, body []byte) error {
 	}
 	r.sizes = append(r.sizes, len(items))
 	r.got = append(r.got, values...)
+	select {
+	case r.news <- struct{}{}:
+	default:
+	}
 	return nil
 }
 
@@ -100,21 +129,29 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 type rig struct {
 	*queue
 	*delivery
+	spool *spool // nil: in memory
 }
 
-// newRig returns a rig that holds up to limit bytes, in memory or, where dir is not "", in a spool
-// there.
+// newRig returns a rig that holds up to limit bytes, in memory or, if dir is not "", in a spool there.
 func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harness.Log) {
 	t.Helper()
 	log := &harness.Log{}
-	q := newQueue(limit, log.Logger())
+	r := &rig{queue: newQueue(limit, log.Logger())}
 	if dir != "" {
-		if err := q.useSpool(&spool{dir: dir, log: log.Logger()}); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(q.spool.close)
+		r.spool = &spool{dir: dir, log: log.Logger()}
+		t.Cleanup(r.spool.close)
 	}
-	return &rig{q, newDelivery(to, q, log.Logger())}, log
+	st, err := newStore(r.queue, r.spool)
+	harness.Must(t, err)
+	st.update()
+	r.delivery = newDelivery(to, st, log.Logger())
+	return r, log
+}
+
+// put queues metrics and, if there is a spool, waits until it has had its turn.
+func (r *rig) put(metrics []metric) {
+	r.queue.put(metrics)
+	r.store.update()
 }
 
 // queue returns a rig for r that holds up to 1 MiB in memory, and its log.
@@ -133,7 +170,10 @@ func (r *receiver) spooled(t testing.TB, dir string) (*rig, *harness.Log) {
 func (r *rig) next() *batch { return r.queue.next(r.newest, r.rest) }
 
 // try makes one try of delivery.
-func (r *rig) try(t testing.TB) error { return r.send(t.Context(), r.next()) }
+func (r *rig) try(t testing.TB) error {
+	defer r.store.update()
+	return r.send(t.Context(), r.next())
+}
 
 // waiting returns how many metrics wait.
 func (r *rig) waiting() (metrics int) {
@@ -1428,5 +1468,165 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
 			}
 		}
+	}
+}
+
+// useSpool gives r, which is in memory, a spool, as newRig does.
+func useSpool(r *rig, s *spool) error {
+	st, err := newStore(r.queue, s)
+	if err == nil {
+		r.spool, r.store = s, st
+		st.update()
+	}
+	return err
+}
+
+// Neither polls, nor deliveries, nor the end wait for a disk that hangs; what waits stays bounded.
+func TestStoreThatHangs(t *testing.T) {
+	r := &receiver{}
+	q, _ := r.spooled(t, newDir(t))
+	q.put(points(0, 1)) // which is on the disk
+	q.store.mu.Lock()   // as it is held while the disk works
+	done := make(chan error, 1)
+	go func() { done <- q.deliver(t.Context()) }()
+	go q.store.keep()
+	for i := range 20 {
+		q.queue.put(points(1+i, 1))
+	}
+	r.waitFor(t, 21)
+	q.close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, 21)
+	q.store.mu.Unlock()
+	q.store.end() // so that nothing works in the folder any more
+}
+
+// What was delivered while the disk was busy with it leaves no file.
+func TestStoreIsOvertaken(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.queue.put(points(0, 1))
+	b, packed, count := q.store.nextToStore()
+	if err := q.send(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	f, err := q.spool.write(packed, b.oldest, count)
+	harness.Must(t, err)
+	q.store.hasStored(b, f, count)
+	q.store.update()
+	if left := files(t, dir); len(left) != 0 || q.waiting() != 0 {
+		t.Errorf("left %q, %d wait", left, q.waiting())
+	}
+}
+
+// A batch is not sent before it is on the disk, while that works.
+func TestStoreComesBeforeTheFirstTry(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{}
+	stored := 0
+	r.fail = func(int, []int) error {
+		stored = len(files(t, dir))
+		return nil
+	}
+	q, _ := r.spooled(t, dir)
+	done := make(chan error, 1)
+	go func() { done <- q.deliver(t.Context()) }()
+	go q.store.keep()
+	q.queue.put(points(0, 1))
+	r.waitFor(t, 1)
+	if stored != 1 {
+		t.Errorf("%d files when it was sent", stored)
+	}
+	q.close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A receiver that is too slow for a large request gets smaller ones.
+func TestDeliveryToASlowReceiver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(min(time.Duration(len(body))*time.Second/6000, postTimeout))
+			if len(body) > 6000*30 {
+				return noAnswer(postTimeout)
+			}
+			return r.post(ctx, body)
+		}
+		q.put(points(0, 12_000)) // 840 KB
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		time.Sleep(10 * time.Minute)
+		if got := r.arrived(); len(got) != 12_000 {
+			t.Errorf("%d arrived", len(got))
+		}
+		q.close()
+		<-done
+	})
+}
+
+// With a disk whose fsync takes half a minute, polls go on, what they bring arrives, and the daemon
+// ends in time.
+func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		harness.Cannot(t, "strace makes the disk slow: %v", err)
+	}
+	s, engine := harness.NewStandIn(t), harness.NewReplay(t, "cgroup2")
+	binary, err := exec.LookPath(program)
+	harness.Must(t, err)
+	daemon := exec.Command(strace, "-D", "-f", "-qq", "-o", os.DevNull, "-e", "inject=fsync:delay_enter=30s",
+		binary, "--backstop="+s.URL+"/publish/docker", "--docker="+engine.URL, "--poll=1s", "--host=h",
+		"--spool="+newDir(t))
+	var log bytes.Buffer
+	daemon.Stderr = &log
+	harness.Must(t, daemon.Start())
+	defer daemon.Process.Kill()
+	if err := s.Await(`^h\.metrics\.sampled `, 10, time.Minute); err != nil {
+		t.Errorf("%v\n%s", err, &log)
+	}
+	harness.Must(t, daemon.Process.Signal(syscall.SIGTERM)) // with -D, it is the daemon
+	// strace keeps it as a zombie for a while.
+	path := fmt.Sprintf("/proc/%d/stat", daemon.Process.Pid)
+	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if stat, err := os.ReadFile(path); err != nil || bytes.Contains(stat, []byte(") Z ")) {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it does not end\n%s", &log)
+		}
+	}
+}
+
+// --spool-limit bounds what the process takes, and not only what it keeps.
+func TestMemoryIsBounded(t *testing.T) {
+	s := harness.NewStandIn(t)
+	s.Set("", harness.AnswerWith(503, ""))
+	binary, err := exec.LookPath(program)
+	harness.Must(t, err)
+	const limit = 32 // MiB
+	daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--poll=50ms",
+		"--docker="+harness.Crowd(t, 200, 0), fmt.Sprintf("--spool-limit=%dMiB", limit))
+	errs, err := daemon.StderrPipe()
+	harness.Must(t, err)
+	harness.Must(t, daemon.Start())
+	defer daemon.Wait()
+	defer daemon.Process.Kill()
+	for lines := bufio.NewScanner(errs); lines.Scan(); {
+		if strings.Contains(lines.Text(), "no room for more metrics") {
+			break // it is full
+		}
+	}
+	status := harness.ReadFile(t, fmt.Sprintf("/proc/%d/status", daemon.Process.Pid))
+	m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(status)
+	kB, err := strconv.Atoi(m[1])
+	harness.Must(t, err)
+	t.Logf("%d MiB with a limit of %d MiB", kB>>10, limit)
+	if kB>>10 > limit+30 {
+		t.Errorf("the process takes %d MiB with a limit of %d MiB", kB>>10, limit)
 	}
 }

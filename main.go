@@ -158,16 +158,20 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 	}
 	delivering := log.With("to", receiver)
 	q := newQueue(opts.spoolLimit, delivering)
+	var folder *spool
 	if opts.spool != "" && opts.backstop != nil {
-		if err := q.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
-			log.Error("not started: the folder of --spool is not for us",
-				"spool", opts.spool, "error", errorText(err))
-			return nil, err
-		}
+		folder = &spool{dir: opts.spool, log: log}
 	}
-	s := newService(opts.poll, q.describe)
+	st, err := newStore(q, folder)
+	if err != nil {
+		log.Error("not started: the folder of --spool is not for us",
+			"spool", opts.spool, "error", errorText(err))
+		return nil, err
+	}
+	go st.keep()
+	s := newService(opts.poll, q)
 	c.alive = s.alive
-	d := newDelivery(to, q, delivering)
+	d := newDelivery(to, st, delivering)
 	d.rest = func() {
 		s.update()
 		if opts.backstop != nil && opts.poll > keepAlive {

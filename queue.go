@@ -10,6 +10,13 @@ import (
 	"github.com/docker/go-units"
 )
 
+// maxFlight is longer than delivery takes between two signs of progress.
+const maxFlight = 5 * time.Minute
+
+// storeWait is how long delivery waits until a batch is on the disk, and the end of the daemon
+// until all are. Then they go on without: a disk may hang.
+const storeWait = 2 * time.Second
+
 // queue stands between sampling and delivery. Sampling puts metrics in and never waits for the
 // receiver; delivery takes one batch at a time, and takes it off when it was accepted.
 //
@@ -18,19 +25,29 @@ import (
 // when a delivery failed, or was put until the next success, is late: it goes oldest first.
 type queue struct {
 	log   *slog.Logger
-	spool *spool // nil: everything is in memory
-	limit int64  // of bytes
+	limit int64 // of bytes
 
 	mu       sync.Mutex
-	batches  []*batch // oldest first
-	late     int      // how many of them are late; the fresh ones follow
-	inFlight *batch   // the one that delivery is busy with
-	trouble  string   // why the last delivery failed, "" if it succeeded
+	batches  []*batch  // oldest first
+	late     int       // how many of them are late; the fresh ones follow
+	inFlight *batch    // the one that delivery is busy with
+	progress time.Time // when delivery last began or ended something
+	trouble  string    // why the last delivery failed, "" if it succeeded
 	loss     loss
+	disk     disk
 	changed  chan struct{} // holds one value when there is news for delivery
+	unstored chan struct{} // holds one value when there is something to store
 	closed   chan struct{} // closed when nothing more is put
 
 	figures struct{ sent, retried, dropped uint64 } // metrics since the start
+}
+
+// disk is what the queue knows of the spool.
+type disk struct {
+	used     bool   // whether there is a spool
+	readable bool   // whether its files can be read now
+	writable bool   // whether it took the last batch
+	litter   []file // that are to be removed
 }
 
 // loss is of metrics that were dropped because the queue was full, and not logged yet.
@@ -40,46 +57,10 @@ type loss struct {
 	told        time.Time // when the loss before this one was logged
 }
 
-// newQueue returns an empty queue that keeps up to limit bytes in memory.
+// newQueue returns an empty queue that keeps up to limit bytes.
 func newQueue(limit int64, log *slog.Logger) *queue {
-	return &queue{limit: limit, log: log, changed: make(chan struct{}, 1), closed: make(chan struct{})}
-}
-
-// useSpool keeps what the queue holds in s from now on, and takes over what an earlier run left
-// there. A folder that is unfit for good is an error; one that does not work now may do so later,
-// which is logged.
-func (q *queue) useSpool(s *spool) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.spool = s
-	err := q.openSpool()
-	if isForGood(err) {
-		q.spool = nil
-		return err
-	}
-	s.tell(err)
-	return nil
-}
-
-// openSpool opens the spool's folder and queues what is in it. It is called with mu held.
-func (q *queue) openSpool() error {
-	known := map[string]bool{}
-	for _, b := range q.batches {
-		known[b.file] = true
-	}
-	found, err := q.spool.open(known)
-	if err != nil || len(found) == 0 {
-		return err
-	}
-	before, _ := q.size()
-	q.batches = slices.Concat(found, q.batches)
-	q.late += len(found)
-	all, _ := q.size()
-	q.log.Info("metrics of an earlier run wait in the spool",
-		"metrics", all-before, "batches", len(found), "since", inUTC(found[0].oldest))
-	q.bound()
-	q.signal()
-	return nil
+	return &queue{limit: limit, log: log, changed: make(chan struct{}, 1),
+		unstored: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
 // close tells delivery that nothing more is put.
@@ -94,27 +75,23 @@ func (q *queue) isClosed() bool {
 	}
 }
 
-// signal tells delivery that there is news.
-func (q *queue) signal() {
+// tell tells a channel with room for one value that there is news.
+func tell(to chan struct{}) {
 	select {
-	case q.changed <- struct{}{}:
+	case to <- struct{}{}:
 	default:
 	}
 }
 
-// put queues metrics. When it returns, they are on the disk, if there is a spool that works. If
-// there is no room, the oldest are dropped.
+// put queues metrics. If there is no room, the oldest are dropped.
 func (q *queue) put(metrics []metric) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	soon := len(q.batches) == 0 // their turn comes at once, so they need not be packed
 	for some := range slices.Chunk(metrics, maxBatch) {
 		b := newBatch(some)
-		if _, held := q.size(); !soon || q.spool != nil || held+b.size > q.limit {
-			b.pack()
-		}
-		if q.spool != nil {
-			b.size = onDisk(b.size)
+		if _, held := q.size(); !soon || q.disk.used || held+b.size > q.limit {
+			b.pack(q.disk.used)
 		}
 		if !soon {
 			b.body = nil
@@ -125,10 +102,14 @@ func (q *queue) put(metrics []metric) {
 		q.late = len(q.batches)
 	}
 	q.bound()
-	q.store()
 	q.tellLoss(false)
+	if !q.disk.writable {
+		_, held := q.size()
+		tuneCollector(held)
+	}
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
-	q.signal()
+	tell(q.unstored)
+	tell(q.changed)
 }
 
 // size returns what is in the queue. It is called with mu held.
@@ -143,9 +124,6 @@ func (q *queue) size() (metrics int, bytes int64) {
 // bound drops the oldest batches until the rest fits. It is called with mu held.
 func (q *queue) bound() {
 	_, held := q.size()
-	if q.spool != nil {
-		held = q.spool.makeRoom(held, q.limit)
-	}
 	for _, b := range slices.Clone(q.batches) {
 		if held <= q.limit {
 			return
@@ -173,32 +151,9 @@ func (q *queue) remove(b *batch) {
 		}
 	}
 	if b.file != "" {
-		q.spool.remove(file{b.file, b.size})
+		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
 	}
-}
-
-// store moves what is in memory into the spool. It is called with mu held.
-func (q *queue) store() {
-	if q.spool == nil {
-		return
-	}
-	err := q.spool.check()
-	tried := err != nil // whether there was anything to find out by
-	if tried {
-		q.spool.fail(err)
-		err = q.openSpool()
-	}
-	if err == nil {
-		q.spool.tidy()
-	}
-	for _, b := range q.batches {
-		if err == nil && b.file == "" && b != q.inFlight {
-			tried, err = true, q.spool.write(b)
-		}
-	}
-	if tried {
-		q.spool.tell(err)
-	}
+	tell(q.unstored)
 }
 
 // tellLoss logs what was dropped to make room: once a minute, or when an outage is over.
@@ -219,73 +174,58 @@ func (q *queue) next(newest bool, idle func()) *batch {
 	for {
 		closed := q.isClosed() // asked first: whatever was put before is seen below
 		q.mu.Lock()
-		b := q.turn(newest)
-		q.inFlight = b
+		b, wait := q.turn(newest)
+		q.inFlight, q.progress = b, time.Now()
 		empty := len(q.batches) == 0
 		q.mu.Unlock()
 		if empty {
 			idle()
 		}
-		if b != nil || closed {
+		if b != nil || closed && wait == 0 {
 			return b
+		}
+		var stored <-chan time.Time
+		if wait > 0 {
+			stored = time.After(wait)
+		}
+		ends := q.closed
+		if closed {
+			ends = nil
 		}
 		select {
 		case <-q.changed:
-		case <-q.closed:
+		case <-stored:
+		case <-ends:
 		}
 	}
 }
 
-// turn returns the batch whose turn it is, nil if none can be read now. It is called with mu held.
-func (q *queue) turn(newest bool) *batch {
+// turn returns the batch whose turn it is, nil if none can be read now. wait is how long one is
+// still waited for that is about to be stored, 0 for none. It is called with mu held.
+func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
 	order := [][]*batch{q.batches[q.late:], q.batches[:q.late]}
 	if newest && len(q.batches) > 0 {
 		order = slices.Insert(order, 0, q.batches[len(q.batches)-1:])
 	}
-	for _, batches := range order {
-		for _, b := range batches {
-			if b.body != nil || b.packed != nil || q.spool.isOpen() {
-				return b
-			}
+	now := time.Now()
+	for _, b := range slices.Concat(order...) {
+		inMemory := b.body != nil || b.packed != nil
+		unstored := inMemory && b.file == "" && q.disk.writable
+		switch left := storeWait - now.Sub(b.put); {
+		case unstored && left > 0:
+			wait = max(wait, left)
+		case inMemory || q.disk.readable:
+			return b, 0
 		}
 	}
-	return nil
-}
-
-// load returns the body of the batch in flight. ok is false if its file cannot be read now; if it
-// never can be, it is set aside and off the queue, and lost says how many metrics that costs.
-func (q *queue) load(b *batch) (body []byte, lost int, ok bool) {
-	err := error(nil)
-	switch body = b.body; {
-	case body == nil && b.packed != nil:
-		body, err = unpack(b.packed)
-	case body == nil:
-		body, err = q.spool.read(b.file)
-	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if err == nil {
-		b.count = countOf(body) // the name of its file may be wrong
-		return body, 0, true
-	}
-	q.inFlight = nil
-	if q.spool != nil {
-		if trouble := q.spool.trouble(err); trouble != nil {
-			q.spool.fail(trouble)
-			return nil, 0, false
-		}
-		q.spool.setAside(file{b.file, b.size}, b.count, err)
-	}
-	b.file = "" // it is not to be removed
-	q.figures.dropped += uint64(b.count)
-	q.remove(b)
-	return nil, b.count, false
+	return nil, wait
 }
 
 // posted counts a request with so many metrics of b.
 func (q *queue) posted(b *batch, metrics int, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	q.progress = time.Now()
 	if b.tried {
 		q.figures.retried += uint64(metrics)
 	}
@@ -297,18 +237,20 @@ func (q *queue) posted(b *batch, metrics int, err error) {
 	b.count -= metrics
 }
 
-// giveUp counts metrics of the batch in flight, those in body, that are refused for good, and sets
-// them aside in the spool. It returns the name of their file, "" if there is none.
-func (q *queue) giveUp(b *batch, body []byte) (name string) {
+// giveUp counts metrics of b as dropped.
+func (q *queue) giveUp(b *batch, metrics int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	n := countOf(body)
-	b.count -= n
-	q.figures.dropped += uint64(n)
-	if q.spool == nil {
-		return ""
-	}
-	return q.spool.writeBad(&batch{packed: pack(body), count: n, oldest: b.oldest})
+	q.figures.dropped += uint64(metrics)
+	b.count -= metrics
+}
+
+// forget takes b off the queue, whose file is of no use and was dealt with.
+func (q *queue) forget(b *batch) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.inFlight, b.file = nil, ""
+	q.remove(b)
 }
 
 // done takes the batch in flight off the queue and ends the trouble. over reports whether no batch
@@ -335,6 +277,8 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 	q.inFlight = nil
 	if left != nil { // a file keeps the whole: a crash loses nothing
 		b.body, b.packed, b.count = left, pack(left), countOf(left)
+	} else if b.file != "" {
+		b.packed = nil
 	}
 	q.late = max(q.late, slices.Index(q.batches, b)+1)
 	if q.trouble = trouble; trouble != "" {
@@ -342,7 +286,7 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 	}
 	for _, b := range q.batches[:q.late] {
 		if b.body != nil { // its turn does not come at once
-			b.pack()
+			b.pack(q.disk.used)
 			b.body = nil
 		}
 	}
@@ -356,25 +300,26 @@ func (q *queue) hasFresh() bool {
 	return slices.ContainsFunc(q.batches[q.late:], func(b *batch) bool { return b != q.inFlight })
 }
 
-// end stores what the disk did not take before, and closes the spool. It returns how many metrics
-// are kept there, and how many are lost.
-func (q *queue) end() (kept, lost int) {
+// left returns how many metrics are in files, and how many in memory only.
+func (q *queue) left() (inFiles, inMemory int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.inFlight = nil
-	q.store() // what the disk did not take before
 	q.tellLoss(true)
 	for _, b := range q.batches {
 		if b.file == "" {
-			lost += b.count
+			inMemory += b.count
 		} else {
-			kept += b.count
+			inFiles += b.count
 		}
 	}
-	if q.spool != nil {
-		q.spool.close()
-	}
-	return kept, lost
+	return inFiles, inMemory
+}
+
+// hangs reports whether delivery is busy with one request for much longer than any may take.
+func (q *queue) hangs() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.inFlight != nil && time.Since(q.progress) > maxFlight
 }
 
 // own returns the queue's own metrics, for the host with this name in its metrics.

@@ -16,9 +16,6 @@ import (
 	"github.com/gofrs/flock"
 )
 
-// diskBlock is what a file takes at least: the limit is one of room on the disk.
-const diskBlock = 4 << 10
-
 // spool keeps batches in files, one each, in a folder of its own. Their names tell when and how
 // many, so that a start needs to read none of them:
 //
@@ -252,26 +249,26 @@ func (s *spool) close() {
 	}
 }
 
-// write puts b into a file and into safety: after it, b outlives a loss of power.
-func (s *spool) write(b *batch) error {
-	name, err := s.newName(b)
+// write puts a packed body into a file and into safety: after it, it outlives a loss of power.
+func (s *spool) write(packed []byte, oldest int64, metrics int) (file, error) {
+	name, err := s.newName(oldest, metrics)
 	if err != nil {
-		return err
+		return file{}, err
 	}
-	if err := writeDurably(s.dir, name, b.packed); err != nil {
-		s.remove(file{name, onDisk(int64(len(b.packed)))}) // it may be there, though not in safety
-		return err
+	f := file{name, onDisk(int64(len(packed)))}
+	if err := writeDurably(s.dir, name, packed); err != nil {
+		s.remove(f) // it may be there, though not in safety
+		return file{}, err
 	}
-	b.file, b.packed = name, nil
-	return nil
+	return f, nil
 }
 
-// newName returns a name for b that no file has.
-func (s *spool) newName(b *batch) (string, error) {
-	at := time.Unix(b.oldest, 0).UTC().Format(spoolTime)
+// newName returns a name that no file has, for so many metrics.
+func (s *spool) newName(oldest int64, metrics int) (string, error) {
+	at := time.Unix(oldest, 0).UTC().Format(spoolTime)
 	for {
 		s.counter++
-		name := fmt.Sprintf("%s-%010d-%d.json.gz", at, s.counter, b.count)
+		name := fmt.Sprintf("%s-%010d-%d.json.gz", at, s.counter, metrics)
 		_, err := os.Lstat(filepath.Join(s.dir, name))
 		if errors.Is(err, fs.ErrNotExist) {
 			return name, nil
@@ -370,25 +367,25 @@ func (s *spool) setAside(f file, metrics int, why error) {
 
 // writeBad keeps metrics that the receiver refuses for somebody to look at, as long as there is
 // room. It returns the name of their file, "" if it could not be written.
-func (s *spool) writeBad(b *batch) string {
+func (s *spool) writeBad(packed []byte, oldest int64, metrics int) string {
 	if s.check() != nil {
 		return ""
 	}
-	name, err := s.newName(b)
+	name, err := s.newName(oldest, metrics)
 	if err == nil {
 		name += badSuffix
-		err = writeDurably(s.dir, name, b.packed)
+		err = writeDurably(s.dir, name, packed)
 	}
 	if err != nil {
 		return ""
 	}
-	s.bad = append(s.bad, file{name, onDisk(int64(len(b.packed)))})
+	s.bad = append(s.bad, file{name, onDisk(int64(len(packed)))})
 	return name
 }
 
 // makeRoom removes files that were set aside, oldest first, until they and what else is held, in
-// bytes, fit into limit or there are no more. It returns the bytes that are held then.
-func (s *spool) makeRoom(held, limit int64) int64 {
+// bytes, fit into limit or there are no more.
+func (s *spool) makeRoom(held, limit int64) {
 	for _, f := range s.bad {
 		held += f.size
 	}
@@ -398,7 +395,6 @@ func (s *spool) makeRoom(held, limit int64) int64 {
 		s.remove(f) // fails for a folder that somebody made: what is in it is not ours
 		held -= f.size
 	}
-	return held
 }
 
 // fail closes the folder because of err, until it can be opened again.
@@ -419,11 +415,6 @@ func (s *spool) tell(err error) {
 		s.log.Info("the spool can be used again")
 	}
 	s.failed = err != nil
-}
-
-// onDisk returns what a file of so many bytes takes of the disk.
-func onDisk(bytes int64) int64 {
-	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
 }
 
 // isOurs tells whether err, from read, is not the file's trouble but this process's, and will pass.

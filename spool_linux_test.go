@@ -178,7 +178,7 @@ func TestSpoolIsItsUsersOwn(t *testing.T) {
 		harness.Cannot(t, "a folder of another user's needs root: %v", err)
 	}
 	q, _ := (&receiver{}).queue(t)
-	if err := q.useSpool(&spool{dir: dir, log: q.queue.log}); err == nil ||
+	if err := useSpool(q, &spool{dir: dir, log: q.queue.log}); err == nil ||
 		!strings.Contains(err.Error(), "this folder belongs to another user") {
 		t.Errorf("error %v", err)
 	}
@@ -208,7 +208,7 @@ func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
 			t.Fatal(err)
 		}
 		q, _ := (&receiver{}).queue(t)
-		if err := q.useSpool(&spool{dir: dir, log: q.queue.log}); err == nil {
+		if err := useSpool(q, &spool{dir: dir, log: q.queue.log}); err == nil {
 			t.Errorf("%.80s: no error", name)
 			q.spool.close()
 		}
@@ -369,7 +369,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	for range 2 { // what can be read
 		q.try(t)
 	}
-	if b := q.turn(false); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
+	if b, _ := q.turn(false); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
 		t.Errorf("%s while it is away", figuresOf(q))
 	}
 	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {

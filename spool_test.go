@@ -105,13 +105,13 @@ func TestSpoolIsOneDaemons(t *testing.T) {
 	dir := newDir(t)
 	first, _ := (&receiver{}).spooled(t, dir)
 	second, _ := (&receiver{}).queue(t)
-	err := second.useSpool(&spool{dir: dir, log: second.queue.log})
+	err := useSpool(second, &spool{dir: dir, log: second.queue.log})
 	if want := fmt.Sprintf("another docker-stats-to-backstop uses this folder: process %d", os.Getpid()); err == nil ||
 		err.Error() != want {
 		t.Errorf("error %v, want %s", err, want)
 	}
 	first.spool.close()
-	if err := second.useSpool(&spool{dir: dir, log: second.queue.log}); err != nil {
+	if err := useSpool(second, &spool{dir: dir, log: second.queue.log}); err != nil {
 		t.Error(err)
 	}
 	second.spool.close()
@@ -297,7 +297,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if err := q.try(t); err != nil {
 		t.Errorf("%v: something else may be sent", err)
 	}
-	if b := q.turn(false); b != nil {
+	if b, _ := q.turn(false); b != nil {
 		t.Errorf("%s cannot be read", b.file)
 	}
 	q.put(points(3, 1))
@@ -344,7 +344,8 @@ func TestSpoolSurvivesTheWantOfDescriptors(t *testing.T) {
 			t.Errorf("%v counts as the file's trouble", err)
 		}
 		q.spool.fail(trouble)
-		if b := q.turn(false); b != nil {
+		q.store.useDisk(false, false)
+		if b, _ := q.turn(false); b != nil {
 			t.Errorf("%s is tried at once", b.file)
 		}
 		q.put(nil) // it works again
@@ -480,7 +481,7 @@ func TestSpoolIsBounded(t *testing.T) {
 		q.spool.close()
 		q, log = (&receiver{}).queue(t)
 		q.limit = 1 << 19
-		if err := q.useSpool(&spool{dir: dir, log: log.Logger()}); err != nil {
+		if err := useSpool(q, &spool{dir: dir, log: log.Logger()}); err != nil {
 			t.Fatal(err)
 		}
 		if used := usedBy(t, dir); used != q.limit {

@@ -14,7 +14,7 @@ import (
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 type service struct {
 	send     func(state string)
-	queue    func() string // describes what is in the queue
+	queue    *queue
 	watchdog time.Duration // timeout of systemd's watchdog, 0: none
 
 	mu     sync.Mutex
@@ -25,8 +25,8 @@ type service struct {
 
 // newService connects to the systemd that has started this process. If polls are rarer than
 // WatchdogSec= in the unit, it asks for a longer timeout.
-func newService(poll time.Duration, queue func() string) *service {
-	s := &service{queue: queue, swept: "no sweep yet", send: func(state string) {
+func newService(poll time.Duration, q *queue) *service {
+	s := &service{queue: q, swept: "no sweep yet", send: func(state string) {
 		_, _ = daemon.SdNotify(false, state) // no one else can be told
 	}}
 	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
@@ -41,9 +41,9 @@ func (s *service) ready() { s.send(daemon.SdNotifyReady) }
 
 func (s *service) ending() { s.send(daemon.SdNotifyStopping) }
 
-// alive pings the watchdog, at most every eighth of its timeout.
+// alive pings the watchdog, at most every eighth of its timeout, unless delivery hangs.
 func (s *service) alive() {
-	if s.watchdog == 0 {
+	if s.watchdog == 0 || s.queue.hangs() {
 		return
 	}
 	s.mu.Lock()
@@ -71,7 +71,7 @@ func (s *service) hasSwept(result sweepResult, took time.Duration) {
 func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if status := s.swept + "; queue: " + s.queue(); status != s.status {
+	if status := s.swept + "; queue: " + s.queue.describe(); status != s.status {
 		s.status = status
 		s.send("STATUS=" + status)
 	}

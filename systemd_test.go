@@ -90,7 +90,8 @@ func TestSystemdIsTold(t *testing.T) {
 func TestSystemdNoticesAHungSweep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var signs int
-		s := &service{watchdog: 2 * time.Minute, queue: func() string { return "" },
+		q, _ := (&receiver{}).queue(t)
+		s := &service{watchdog: 2 * time.Minute, queue: q.queue,
 			send: func(state string) {
 				if state == "WATCHDOG=1" {
 					signs++
@@ -107,6 +108,16 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		if signs != 0 {
 			t.Errorf("%d signs of life of one that hangs", signs)
+		}
+		// While sweeps go on, but a delivery hangs, there are none either.
+		q.put(points(0, 1))
+		q.next()
+		for range 20 * 60 {
+			s.alive()
+			time.Sleep(time.Second)
+		}
+		if signs > 5*60/15+1 {
+			t.Errorf("%d signs of life in 20 minutes with a delivery that hangs", signs)
 		}
 	})
 	// Each answer is one.

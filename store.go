@@ -1,0 +1,268 @@
+package main
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"time"
+)
+
+// store keeps the queue's batches in the spool as well. Sampling never waits for it: keep runs in a
+// goroutine of its own, and the queue is not locked while the disk works.
+type store struct {
+	queue *queue
+
+	mu    sync.Mutex // held while the disk works
+	spool *spool     // nil: everything is in memory only
+	ended bool
+}
+
+// newStore keeps what is in q in s, if s is not nil, and queues what an earlier run left there. A
+// folder that is unfit for good is an error; one that does not work now may do so later, which is
+// logged.
+func newStore(q *queue, s *spool) (*store, error) {
+	st := &store{queue: q, spool: s}
+	if s == nil {
+		return st, nil
+	}
+	st.useDisk(false, true)
+	opened := make(chan error, 1)
+	go func() {
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		err := st.open()
+		st.useDisk(s.isOpen(), err == nil)
+		if !isForGood(err) {
+			s.tell(err)
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if isForGood(err) {
+			return nil, err
+		}
+	case <-time.After(storeWait):
+	}
+	return st, nil
+}
+
+// open opens the spool's folder and queues what is in it. It is called with mu held.
+func (st *store) open() error {
+	found, err := st.spool.open(st.files())
+	if err == nil && len(found) > 0 {
+		st.putFound(found)
+	}
+	return err
+}
+
+// keep updates the spool whenever the queue has changed. It never returns.
+func (st *store) keep() {
+	for range st.queue.unstored {
+		st.update()
+	}
+}
+
+// update writes what is in memory only into the spool, and removes the files of what is done. What
+// a disk does not take stays in memory, until the next time.
+func (st *store) update() {
+	if st.spool == nil {
+		return
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.ended {
+		return
+	}
+	err := st.spool.check()
+	tried := err != nil // whether there was anything to find out by
+	if tried {
+		st.spool.fail(err)
+		err = st.open()
+	}
+	for err == nil {
+		st.spool.tidy()
+		for _, f := range st.takeLitter() {
+			st.spool.remove(f)
+		}
+		st.spool.makeRoom(st.room())
+		b, packed, count := st.nextToStore()
+		if b == nil {
+			break
+		}
+		tried = true
+		var f file
+		if f, err = st.spool.write(packed, b.oldest, count); err == nil {
+			st.hasStored(b, f, count)
+		}
+	}
+	if tried {
+		st.spool.tell(err)
+	}
+	st.useDisk(st.spool.isOpen(), err == nil)
+}
+
+// errAway is the error of a file that cannot be read now, but perhaps later.
+var errAway = errors.New("the spool cannot be read")
+
+// load returns the body of b. The error is errAway, or that of b, which is set aside.
+func (st *store) load(b *batch) ([]byte, error) {
+	body, packed, f := st.content(b)
+	switch {
+	case body != nil:
+		return body, nil
+	case packed != nil:
+		return unpack(packed)
+	}
+	body, err := st.spool.read(f.name)
+	if err == nil {
+		st.hasRead(b, countOf(body))
+		return body, nil
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if trouble := st.spool.trouble(err); trouble != nil {
+		st.spool.fail(trouble)
+		st.useDisk(false, false)
+		return nil, errAway
+	}
+	st.spool.setAside(f, b.count, err)
+	return nil, err
+}
+
+// setAside keeps metrics that are refused for good in a file of the spool. It returns the file's
+// name, "" if there is none.
+func (st *store) setAside(body []byte, oldest int64) (name string) {
+	if st.spool == nil {
+		return ""
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.spool.writeBad(pack(body), oldest, countOf(body))
+}
+
+// end stores what the disk did not take before, and lets others have the spool. It returns how many
+// metrics are kept there, and how many are lost.
+func (st *store) end() (kept, lost int) {
+	if st.spool != nil {
+		done := make(chan struct{})
+		go func() {
+			st.update()
+			st.mu.Lock()
+			defer st.mu.Unlock()
+			st.ended = true
+			st.spool.close()
+			close(done)
+		}()
+		select {
+		case <-done:
+		case <-time.After(storeWait):
+		}
+	}
+	return st.queue.left()
+}
+
+// The rest is what the store does with the queue, which is locked for a moment each time.
+
+// files returns the names of the files that the queue knows.
+func (st *store) files() map[string]bool {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	names := map[string]bool{}
+	for _, b := range q.batches {
+		names[b.file] = true
+	}
+	for _, f := range q.disk.litter {
+		names[f.name] = true
+	}
+	return names
+}
+
+// putFound queues batches that an earlier run left, oldest first.
+func (st *store) putFound(found []*batch) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	before, _ := q.size()
+	q.batches = slices.Concat(found, q.batches)
+	q.late += len(found)
+	all, _ := q.size()
+	q.log.Info("metrics of an earlier run wait in the spool",
+		"metrics", all-before, "batches", len(found), "since", inUTC(found[0].oldest))
+	q.bound()
+	tell(q.changed)
+}
+
+// useDisk tells the queue whether the spool's files can be read, and whether it takes more.
+func (st *store) useDisk(readable, writable bool) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.disk.used, q.disk.readable, q.disk.writable = true, readable, writable
+	tell(q.changed)
+}
+
+// takeLitter returns the files that are to be removed.
+func (st *store) takeLitter() []file {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	litter := q.disk.litter
+	q.disk.litter = nil
+	return litter
+}
+
+// room returns the bytes that the queue takes up, and its limit.
+func (st *store) room() (held, limit int64) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	_, held = q.size()
+	return held, q.limit
+}
+
+// nextToStore returns the oldest batch that has no file, and what is to be in it; nil for none.
+func (st *store) nextToStore() (b *batch, packed []byte, count int) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, b := range q.batches {
+		if b.file == "" && b.packed != nil {
+			return b, b.packed, b.count
+		}
+	}
+	return nil, nil, 0
+}
+
+// hasStored gives b its file, which has so many metrics.
+func (st *store) hasStored(b *batch, f file, count int) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !slices.Contains(q.batches, b) { // it was delivered meanwhile
+		q.disk.litter = append(q.disk.litter, f)
+		return
+	}
+	b.file, b.size = f.name, f.size
+	if b != q.inFlight && b.count == count {
+		b.packed = nil
+	}
+	tell(q.changed)
+}
+
+// hasRead corrects the number of metrics in b: the name of its file may be wrong.
+func (st *store) hasRead(b *batch, metrics int) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	b.count = metrics
+}
+
+// content returns what there is of b: its body, the same packed, or its file.
+func (st *store) content(b *batch) (body, packed []byte, f file) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return b.body, b.packed, file{b.file, b.size}
+}
