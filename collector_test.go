@@ -61,7 +61,8 @@ func TestSweep(t *testing.T) {
 	}
 
 	// fx-web, which is in the list, was removed meanwhile, as far as the stats know.
-	want := `level=INFO msg="Docker engine answers" engine="Docker/20.10.24 (linux)" api=1.41 one_shot=true host=vmtest running=6
+	want := `level=INFO msg="Docker engine answers" engine="Docker/20.10.24 (linux)" ` +
+		`api=1.41 one_shot=true host=vmtest running=6
 level=INFO msg="container is gone" container=fx-web reason="No such container: `
 	if got := log.Take(); !strings.HasPrefix(got, want) || strings.Count(got, "\n") != 2 {
 		t.Errorf("logged\n%swant\n%s", got, want)
@@ -76,8 +77,8 @@ func TestHostName(t *testing.T) {
 	r := harness.NewReplay(t, "cgroup2")
 	c, _ := collecting(t, r.URL, 10*time.Second)
 	c.host = "web1.example.com"
-	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines,
-		"\nweb1_example_com.containers.total 6 ") {
+	lines := asLines(c.sweep(t.Context()).metrics)
+	if !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
 		t.Errorf("--host made\n%s", lines)
 	}
 }
@@ -105,8 +106,8 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 		t.Errorf("logged %s", got)
 	}
 	r.On("/info", nil)
-	if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines,
-		"\nvmtest.containers.paused 1 ") {
+	lines := asLines(c.sweep(t.Context()).metrics)
+	if !strings.Contains(lines, "\nvmtest.containers.paused 1 ") {
 		t.Errorf("with /info again it is\n%s", lines)
 	}
 }
@@ -137,6 +138,8 @@ func TestHostFigures(t *testing.T) {
 // Two containers with one path would overwrite each other: the one that has had it keeps it, and
 // when it goes, the other takes over.
 func TestCollisions(t *testing.T) {
+	const leftOut = `level=WARN msg="container left out: another one has the same name ` +
+		`in its metrics; --prefix can tell them apart" `
 	log := &harness.Log{}
 	c := &containers{log: log.Logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
 	listed := func(name string, created int64) docker.APIContainers {
@@ -149,16 +152,14 @@ func TestCollisions(t *testing.T) {
 		collisions int
 		log        string
 	}{
-		{"at first it is the oldest", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20),
-			listed("db-1", 50)}, "web-2 db-1", 1,
-			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix ` +
-				`can tell them apart" container=web-3 other=web-2 metrics=web` + "\n"},
+		{"at first it is the oldest",
+			[]docker.APIContainers{listed("web-3", 30), listed("web-2", 20), listed("db-1", 50)},
+			"web-2 db-1", 1, leftOut + "container=web-3 other=web-2 metrics=web\n"},
 		{"once is enough to say it", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20)},
 			"web-2", 1, ""},
-		{"then it is the one that has it", []docker.APIContainers{listed("web-1", 10),
-			listed("web-2", 20)}, "web-2", 1,
-			`level=WARN msg="container left out: another one has the same name in its metrics; --prefix ` +
-				`can tell them apart" container=web-1 other=web-2 metrics=web` + "\n"},
+		{"then it is the one that has it",
+			[]docker.APIContainers{listed("web-1", 10), listed("web-2", 20)},
+			"web-2", 1, leftOut + "container=web-1 other=web-2 metrics=web\n"},
 		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
 	} {
 		now := c.remember(test.list, nil, "h", time.Now())
@@ -202,12 +203,12 @@ func TestImages(t *testing.T) {
 
 	c, log := collecting(t, r.URL, 10*time.Second)
 	c.containers.rules = mustRules(t, `[{"from":"image","regexp":"^bb$","into":"made.of.$0.${label:none}"},`+
-		`{"from":"image","regexp":"^bb$","category":"bb"},{"from":"image","regexp":"",`+
-		`"category":"other"}]`)
+		`{"from":"image","regexp":"^bb$","category":"bb"},`+
+		`{"from":"image","regexp":"","category":"other"}]`)
 	first := c.sweep(t.Context())
-	if got := fmt.Sprint(first.failed, " ", c.containers.holders["fx-idle"].category,
-		c.containers.holders["fx-two"]); got != "1 bb<nil>" {
-		t.Errorf("got %s", got)
+	idle, two := c.containers.holders["fx-idle"].category, c.containers.holders["fx-two"]
+	if first.failed != 1 || idle != "bb" || two != nil {
+		t.Errorf("%d failed, %s, %v", first.failed, idle, two)
 	}
 	if got, want := log.Take(), `level=ERROR msg="container cannot be read" container=fx-two `+
 		`error="its image: API error (500): busy"`; strings.Count(got, want) != 1 {
@@ -230,14 +231,13 @@ func TestImages(t *testing.T) {
 		}
 	}
 	// Once for the image, once for the uptime
-	if got := slices.DeleteFunc(inspected(), func(name string) bool {
-		return name != "fx-two" &&
-			name != "fx-idle"
-	}); !slices.Equal(got, []string{"fx-two", "fx-two"}) {
+	isOther := func(name string) bool { return name != "fx-two" && name != "fx-idle" }
+	got := slices.DeleteFunc(inspected(), isOther)
+	if !slices.Equal(got, []string{"fx-two", "fx-two"}) {
 		t.Errorf("inspected %q", got)
 	}
-	if got := log.Take(); strings.Count(got,
-		`level=INFO msg="container can be read again" container=fx-two`) != 1 {
+	const again = `level=INFO msg="container can be read again" container=fx-two`
+	if got := log.Take(); strings.Count(got, again) != 1 {
 		t.Errorf("logged %s", got)
 	}
 
@@ -267,57 +267,45 @@ func TestHostInPaths(t *testing.T) {
 
 // One bad container costs the others nothing, and one line.
 func TestOneBadContainerIsOnItsOwn(t *testing.T) {
+	const (
+		failed = `level=ERROR msg="container cannot be read" container=fx-two error=`
+		gone   = `level=INFO msg="container is gone" container=fx-two reason=`
+		id     = "dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"
+		read   = `"read":"2026-11-23T04:54:40Z",`
+	)
+	ok := func(body string) http.HandlerFunc { return harness.AnswerWith(200, body) }
 	for why, test := range map[string]struct {
 		answer http.HandlerFunc
 		log    string
-		failed int
 	}{
-		"hangs": {harness.Hang,
-			`level=ERROR msg="container cannot be read" container=fx-two error="no answer within 2s"`, 1},
-		"is not JSON": {harness.AnswerWith(200, `<html>`),
-			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
-				`JSON: invalid character '<' looking for beginning of value"`, 1},
-		"is cut": {harness.AnswerWith(200, `{"read":"2026-11-23T`),
-			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
-				`JSON: unexpected end of JSON input"`, 1},
-		"has a wrong one": {harness.AnswerWith(200,
-			`{"read":"2026-11-23T04:54:40Z","memory_stats":{"usage":-1}}`), `level=ERROR msg="container ` +
-			`cannot be read" container=fx-two error="its stats answer has number -1 for ` +
-			`memory_stats.usage"`, 1},
-		"is huge": {harness.AnswerWith(200, strings.Repeat(" ", 50<<20)),
-			`level=ERROR msg="container cannot be read" container=fx-two error="the answer has over ` +
-				`2097152 bytes"`, 1},
-		"is deep": {harness.AnswerWith(200, `{"read":`+strings.Repeat("[", 20_000)),
-			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is not ` +
-				`JSON: invalid character '[' exceeded max depth"`, 1},
-		"has a huge one": {harness.AnswerWith(200,
-			`{"read":"2026-11-23T04:54:40Z","networks":{"eth0":{"rx_bytes":18446744073709551616}}}`), `level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has number 18446744073709551616 for networks.rx_bytes"`, 1},
-		"has no time": {harness.AnswerWith(200, `{"message":"oops"}`),
-			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer has no ` +
-				`time of reading"`, 1},
-		"is an array": {harness.AnswerWith(200, `[]`),
-			`level=ERROR msg="container cannot be read" container=fx-two error="its stats answer is a ` +
-				`JSON array, not an object"`, 1},
+		"hangs": {harness.Hang, failed + `"no answer within 2s"`},
+		"is not JSON": {ok(`<html>`), failed + `"its stats answer is not JSON: ` +
+			`invalid character '<' looking for beginning of value"`},
+		"is cut": {ok(`{"read":"2026-11-23T`), failed + `"its stats answer is not JSON: ` +
+			`unexpected end of JSON input"`},
+		"has a wrong one": {ok(`{` + read + `"memory_stats":{"usage":-1}}`),
+			failed + `"its stats answer has number -1 for memory_stats.usage"`},
+		"is huge": {ok(strings.Repeat(" ", 50<<20)), failed + `"the answer has over 2097152 bytes"`},
+		"is deep": {ok(`{"read":` + strings.Repeat("[", 20_000)),
+			failed + `"its stats answer is not JSON: invalid character '[' exceeded max depth"`},
+		"has a huge one": {ok(`{` + read + `"networks":{"eth0":{"rx_bytes":18446744073709551616}}}`),
+			failed + `"its stats answer has number 18446744073709551616 for networks.rx_bytes"`},
+		"has no time": {ok(`{"message":"oops"}`), failed + `"its stats answer has no time of reading"`},
+		"is an array": {ok(`[]`), failed + `"its stats answer is a JSON array, not an object"`},
 		"hangs up": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
-			`level=ERROR msg="container cannot be read" container=fx-two error=EOF`, 1},
+			failed + `EOF`},
 		"fails": {harness.AnswerWith(500, `{"message":"device or resource busy"}`),
-			`level=ERROR msg="container cannot be read" container=fx-two error="API error (500): device ` +
-				`or resource busy"`, 1},
-		"has time 0": {harness.AnswerWith(200,
-			`{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=ERROR msg="container ` +
-			`cannot be read" container=fx-two error="its stats answer is of 1970-01-01 00:00:00 +0000 ` +
-			`UTC"`, 1},
-		"stopped": {harness.AnswerWith(200,
-			`{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`), `level=INFO msg="container is ` +
-			`gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"stopped, Podman": {harness.AnswerWith(200, ``),
-			`level=INFO msg="container is gone" container=fx-two reason="it stopped while it was asked"`, 0},
-		"was removed": {harness.AnswerWith(404, `{}`),
-			`level=INFO msg="container is gone" container=fx-two reason="No such container: ` +
-				`dacf9702c956271b8c066c8f88c514d3fdf1afbec954047bddfacac44be4a6b4"`, 0},
+			failed + `"API error (500): device or resource busy"`},
+		"has time 0": {ok(`{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`),
+			failed + `"its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`},
+		"stopped": {ok(`{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`),
+			gone + `"it stopped while it was asked"`},
+		"stopped, Podman": {ok(``), gone + `"it stopped while it was asked"`},
+		"was removed":     {harness.AnswerWith(404, `{}`), gone + `"No such container: ` + id + `"`},
 	} {
 		t.Run(why, func(t *testing.T) {
 			t.Parallel()
+			wantFailed := strings.Count(test.log, failed)
 			r := harness.NewReplay(t, "cgroup2")
 			r.On("/containers/fx-web/stats", r.Serve("stats-one-shot-idle.json"))
 			r.On("/containers/fx-web/json", r.Serve("inspect-idle.json"))
@@ -328,13 +316,14 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			r.On("/containers/fx-two/stats", test.answer)
 			for range 2 {
 				result := c.sweep(t.Context())
-				if result.err != nil || result.failed != test.failed || result.running != 6 {
+				if result.err != nil || result.failed != wantFailed || result.running != 6 {
 					t.Errorf("%d of %d failed, %v", result.failed, result.running, result.err)
 				}
 				lines := asLines(result.metrics)
 				for _, name := range []string{"idle", "busy", "host", "paused", "web"} {
-					if got, want := strings.Count(lines, "fx-"+name+"."), strings.Count(asLines(well.metrics),
-						"fx-"+name+"."); got < want {
+					got := strings.Count(lines, "fx-"+name+".")
+					want := strings.Count(asLines(well.metrics), "fx-"+name+".")
+					if got < want {
 						t.Errorf("it cost fx-%s %d of its %d metrics", name, want-got, want)
 					}
 				}
@@ -347,14 +336,14 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			}
 
 			r.On("/containers/fx-two/stats", nil)
-			if lines := asLines(c.sweep(t.Context()).metrics); strings.Count(lines,
-				"fx-two.") < strings.Count(asLines(well.metrics), "fx-two.") {
+			lines, want := asLines(c.sweep(t.Context()).metrics), asLines(well.metrics)
+			if strings.Count(lines, "fx-two.") < strings.Count(want, "fx-two.") {
 				t.Errorf("well again, there is\n%s", lines)
 			}
 			got := log.Take()
-			if test.failed > 0 &&
-				got != "level=INFO msg=\"container can be read again\" container=fx-two\n" ||
-				test.failed == 0 && strings.Contains(got, "again") && why != "was removed" {
+			isBack := got == "level=INFO msg=\"container can be read again\" container=fx-two\n"
+			if wantFailed > 0 && !isBack ||
+				wantFailed == 0 && strings.Contains(got, "again") && why != "was removed" {
 				t.Errorf("well again, it logged %s", got)
 			}
 		})
@@ -682,7 +671,9 @@ func TestFlow(t *testing.T) {
 	atOnce := func(int) time.Duration { return 3 * time.Millisecond }
 	// As an engine with a collector that runs every second; a sweep begins at some time between two of
 	// its ticks.
-	atTick := func(int) time.Duration { return time.Until(time.Now().Truncate(time.Second).Add(time.Second)) }
+	atTick := func(int) time.Duration {
+		return time.Until(time.Now().Truncate(time.Second).Add(time.Second))
+	}
 	oneHangs := func(i int) time.Duration {
 		if i == 3 {
 			return 10 * time.Second

@@ -71,18 +71,16 @@ func TestEngineAddresses(t *testing.T) {
 			t.Errorf("%s: error %v, want %q", test.endpoint, err, test.want)
 		}
 	}
-	if _, err := newEngine("npipe:////./pipe/docker_engine",
-		time.Second); (err == nil) != (runtime.GOOS == "windows") {
+	_, err := newEngine("npipe:////./pipe/docker_engine", time.Second)
+	if (err == nil) != (runtime.GOOS == "windows") {
 		t.Errorf("npipe: %v", err)
 	}
 }
 
 // The engine with TLS, and a folder with its certificate as the authority.
 func tlsEngine(t *testing.T) (address, certs string) {
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter,
-		_ *http.Request) {
-		w.Header().Set("Api-Version", "1.41")
-	}))
+	hello := func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Api-Version", "1.41") }
+	server := httptest.NewUnstartedServer(http.HandlerFunc(hello))
 	// it is asked the wrong way on purpose
 	server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	server.StartTLS()

@@ -167,8 +167,8 @@ func TestLiveContainers(t *testing.T) {
 
 func uptimeIs(t *testing.T, uptime metric, since time.Time) {
 	t.Helper()
-	if want := time.Unix(uptime.time, 0).Sub(since); time.Duration(uptime.value.n)*time.Second > want+
-		time.Second || time.Duration(uptime.value.n)*time.Second < want-time.Second {
+	got, want := time.Duration(uptime.value.n)*time.Second, time.Unix(uptime.time, 0).Sub(since)
+	if got > want+time.Second || got < want-time.Second {
 		t.Errorf("the uptime is %v, it was started at %s", uptime, since)
 	}
 }
@@ -262,8 +262,8 @@ func TestLiveRules(t *testing.T) {
 	repository, tag, _ := strings.Cut(e.Image, ":")
 	harness.Must(t, e.ImportImage(docker.ImportImageOptions{Repository: repository, Tag: tag,
 		Source: "-", InputStream: &root, OutputStream: io.Discard}))
-	list,
-		err := e.ListContainers(docker.ListContainersOptions{Filters: map[string][]string{"id": {left}}})
+	byID := docker.ListContainersOptions{Filters: map[string][]string{"id": {left}}}
+	list, err := e.ListContainers(byID)
 	harness.Must(t, err)
 	if len(list) != 1 || !imageID.MatchString(list[0].Image) {
 		t.Errorf("the list has %v; was there no newer image?", list)
@@ -366,8 +366,9 @@ func held(t *testing.T) holdings {
 }
 
 // dockerStats is what the docker command prints of a container, field by field.
-func dockerStats(t *testing.T, e *harness.Engine, id string) (memory, memoryPercent string,
-	cpuPercent float64) {
+func dockerStats(
+	t *testing.T, e *harness.Engine, id string,
+) (memory, memoryPercent string, cpuPercent float64) {
 	t.Helper()
 	command, err := exec.LookPath("docker")
 	if err != nil {
@@ -419,8 +420,8 @@ func TestLiveMemoryIsThatOfDockerStats(t *testing.T) {
 func awaitFile(t *testing.T, e *harness.Engine, id, path string) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
-		err := e.DownloadFromContainer(id, docker.DownloadFromContainerOptions{Path: path,
-			OutputStream: io.Discard})
+		file := docker.DownloadFromContainerOptions{Path: path, OutputStream: io.Discard}
+		err := e.DownloadFromContainer(id, file)
 		if err == nil {
 			return
 		}
@@ -566,8 +567,9 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 	} {
 		id := e.Run(t, test.why, "", docker.HostConfig{})
 		changed := false
-		proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request,
-			forward http.Handler) {
+		proxied := harness.Between(t, e, func(
+			w http.ResponseWriter, r *http.Request, forward http.Handler,
+		) {
 			// Between the list and the question for its stats.
 			if r.URL.Path == "/containers/"+id+"/stats" && !changed {
 				changed = true
@@ -601,10 +603,11 @@ func TestLiveChangesDuringASweep(t *testing.T) {
 func TestLiveBadAnswers(t *testing.T) {
 	e := harness.Usual(t)
 	e.Run(t, "well", "", docker.HostConfig{})
-	hanging, cut := e.Run(t, "hangs", "", docker.HostConfig{}), e.Run(t, "cut", "",
-		docker.HostConfig{})
-	proxied := harness.Between(t, e, func(w http.ResponseWriter, r *http.Request,
-		forward http.Handler) {
+	hanging := e.Run(t, "hangs", "", docker.HostConfig{})
+	cut := e.Run(t, "cut", "", docker.HostConfig{})
+	proxied := harness.Between(t, e, func(
+		w http.ResponseWriter, r *http.Request, forward http.Handler,
+	) {
 		switch r.URL.Path {
 		case "/containers/" + hanging + "/stats":
 			harness.Hang(w, r)

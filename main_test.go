@@ -126,12 +126,12 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 		`(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
 	_, help, _ := strings.Cut(usage(), "\nOptions")
 	options := harness.Section(t, "## Options")
-	if got, want := harness.AllOf(option, options), harness.AllOf(option, help); !slices.Equal(got,
-		want) {
+	got, want := harness.AllOf(option, options), harness.AllOf(option, help)
+	if !slices.Equal(got, want) {
 		t.Errorf("the README has the options %q, --help has %q", got, want)
 	}
-	if got, want := harness.AllOf(variable, options), harness.AllOf(variable, help); !slices.Equal(got,
-		want) {
+	got, want = harness.AllOf(variable, options), harness.AllOf(variable, help)
+	if !slices.Equal(got, want) {
 		t.Errorf("the README has the variables %q, --help has %q", got, want)
 	}
 	file := harness.ReadFile(t, "deploy/docker-stats-to-backstop.default")
@@ -174,8 +174,8 @@ func TestMessagesAreDocumented(t *testing.T) {
 // The man page has each option with its text word for word as in --help, its examples, and what the
 // code and the README say of exit statuses, variables and files.
 func TestManPageSaysTheSame(t *testing.T) {
-	page := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `).ReplaceAllString(harness.ReadFile(t,
-		"deploy/docker-stats-to-backstop.1"), "")
+	fonts := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `)
+	page := fonts.ReplaceAllString(harness.ReadFile(t, "deploy/docker-stats-to-backstop.1"), "")
 	page = strings.NewReplacer(`\-`, "-", `\e`, `\`, `\(aq`, "'", `\[u2026]`, "…").Replace(page)
 	chapter := func(name string) string {
 		_, rest, found := strings.Cut(page, "\n.SH "+name+"\n")
@@ -198,12 +198,13 @@ func TestManPageSaysTheSame(t *testing.T) {
 	examples, help, _ := strings.Cut(help, "\nOptions; ")
 	intro, options, _ := strings.Cut(help, "\n\n")
 	text, _, _ := strings.Cut(chapter("OPTIONS"), "\n.TP")
-	if got, want := oneLine(text), oneLine(intro); got != strings.Replace(want, "each can",
-		"Each option can", 1) {
+	got, want := oneLine(text), strings.Replace(oneLine(intro), "each can", "Each option can", 1)
+	if got != want {
 		t.Errorf("it says %q of the options, --help %q", got, want)
 	}
 	var names, texts []string
-	for _, option := range regexp.MustCompile(`(?m)^  (--\S+)(?: +(SRV_[A-Z_]+))?`).FindAllStringSubmatch(options, -1) {
+	option := regexp.MustCompile(`(?m)^  (--\S+)(?: +(SRV_[A-Z_]+))?`)
+	for _, option := range option.FindAllStringSubmatch(options, -1) {
 		names = append(names, strings.TrimSuffix(option[1]+", "+option[2], ", "))
 	}
 	for _, text := range regexp.MustCompile(`(?m)^  --\S+(?: +SRV_[A-Z_]+)?`).Split(options, -1)[1:] {

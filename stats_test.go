@@ -141,8 +141,8 @@ func TestAbsentIsNotZero(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := asLines(flattened(stats, origin{windows: true},
-		details{})), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
+	got := asLines(flattened(stats, origin{windows: true}, details{}))
+	if want := "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
 		t.Errorf("Windows: got\n%swant\n%s", got, want)
 	}
 }
@@ -384,7 +384,8 @@ func BenchmarkContainer(b *testing.B) {
 
 func TestMetricOnTheWire(t *testing.T) {
 	m := metric{"web", ".cpu.total", whole(math.MaxUint64), 1795409680}
-	if got, want := string(m.appendLine(nil)), "web.cpu.total 18446744073709551615 1795409680\n"; got != want {
+	got := string(m.appendLine(nil))
+	if want := "web.cpu.total 18446744073709551615 1795409680\n"; got != want {
 		t.Errorf("plaintext: %q, want %q", got, want)
 	}
 	p, _ := decimal(12.5)
@@ -456,7 +457,8 @@ func TestDecodeUndoesEncode(t *testing.T) {
 func TestLastOf(t *testing.T) {
 	metrics := []metric{{"", "a.b", whole(1), 1}, {"", "a.c", whole(2), 2}}
 	for n := range 3 {
-		if got, want := string(lastOf(encode(metrics[:n]))), string(encode(metrics[max(n-1, 0):n])); got != want {
+		got := string(lastOf(encode(metrics[:n])))
+		if want := string(encode(metrics[max(n-1, 0):n])); got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}

@@ -412,10 +412,12 @@ func TestDashboardQueriesThatAreWrong(t *testing.T) {
 	q := &queryCheck{dashboards["deploy/grafana.json"], contracts(t), map[string]bool{},
 		map[string]bool{}}
 	for query, want := range map[string]string{
-		"$prefix.$container.cpu.percent":                                                       "%",
-		"scale(perSecond($prefix.$container.cpu.{total,user}), 0.0000001)":                     "ns/s × 0.0000001",
+		"$prefix.$container.cpu.percent":                                   "%",
+		"scale(perSecond($prefix.$container.cpu.{total,user}), 0.0000001)": "ns/s × 0.0000001",
+
 		"alias(consolidateBy(nonNegativeDerivative($prefix.$container.restarts), 'sum'), 'a')": "",
-		"$prefix.$host.metrics.spooled":                                                        "bytes",
+
+		"$prefix.$host.metrics.spooled": "bytes",
 	} {
 		e, err := parseQuery(query)
 		if err != nil {

@@ -153,10 +153,12 @@ func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	}
 	name = e.Image + "-go"
 	t.Cleanup(func() { e.RemoveImageExtended(name, docker.RemoveImageOptions{Force: true}) })
-	command(t,
-		e, `tar -C "$ROOT" --dereference --exclude=testdata --exclude='*_test.go' --exclude=usr/local/go/src/cmd --exclude=usr/local/go/test -c . |
-		docker import --change 'ENV PATH=/usr/local/go/bin:/bin GOPROXY=file:///modules GOSUMDB=off GOTOOLCHAIN=local HOME=/tmp' - "$NAME"`,
-		"ROOT="+root, "NAME="+name)
+	env := "PATH=/usr/local/go/bin:/bin HOME=/tmp " +
+		"GOPROXY=file:///modules GOSUMDB=off GOTOOLCHAIN=local"
+	command(t, e, `tar -C "$ROOT" --dereference --exclude=testdata --exclude='*_test.go' \
+			--exclude=usr/local/go/src/cmd --exclude=usr/local/go/test -c . |
+		docker import --change "ENV $VARIABLES" - "$NAME"`,
+		"ROOT="+root, "NAME="+name, "VARIABLES="+env)
 	return name
 }
 
@@ -301,7 +303,8 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	command(t, e, "docker restart --time 15 "+container)
 	harness.AwaitText(t, logs, "Backstop fails, keeping metrics", 1)
 	command(t, e, "docker stop --time 15 "+container)
-	if it, err = e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: container}); err != nil || it.State.ExitCode != 0 {
+	it, err = e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: container})
+	if err != nil || it.State.ExitCode != 0 {
 		t.Errorf("%v, it ended with %d:\n%s", err, it.State.ExitCode, logs())
 	}
 	harness.Must(t, e.Remove(container))
@@ -324,8 +327,8 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 // host.
 func gateway(t *testing.T, e *harness.Engine) string {
 	t.Helper()
-	neighbour, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: e.Run(t,
-		"neighbour", "", docker.HostConfig{})})
+	id := e.Run(t, "neighbour", "", docker.HostConfig{})
+	neighbour, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id})
 	harness.Must(t, err)
 	gateway := neighbour.NetworkSettings.Networks["bridge"].Gateway
 	if gateway == "" {
@@ -373,8 +376,9 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 	s.Set("user:password", nil)
 
 	// The node has other services too.
-	command(t, e, `docker service create --detach --network host --name web "$IMAGE" /busybox sleep 600
-		docker service create --detach --network host --name agent --mode global "$IMAGE" /busybox sleep 600`, "IMAGE="+e.Image)
+	command(t, e, `create() { docker service create --detach --network host "$@" /busybox sleep 600; }
+		create --name web "$IMAGE"
+		create --name agent --mode global "$IMAGE"`, "IMAGE="+e.Image)
 
 	text := harness.ReadFile(t, "deploy/stack.yaml")
 	if strings.Count(text, "- /var/run/docker.sock:") != 1 {

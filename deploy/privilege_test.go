@@ -22,8 +22,8 @@ import (
 // rulesOfProxy returns what deploy/haproxy.cfg lets through.
 func rulesOfProxy(t *testing.T) *regexp.Regexp {
 	t.Helper()
-	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(harness.ReadFile(t,
-		"deploy/haproxy.cfg"))
+	config := harness.ReadFile(t, "deploy/haproxy.cfg")
+	m := regexp.MustCompile(`acl ours path_reg (\S+)\n`).FindStringSubmatch(config)
 	if m == nil {
 		t.Fatal("deploy/haproxy.cfg has no rule")
 	}
@@ -106,7 +106,9 @@ func TestLiveBehindAProxy(t *testing.T) {
 	})
 	behind, err := docker.NewClient("unix://" + socket)
 	harness.Must(t, err)
-	for deadline := time.Now().Add(time.Minute); behind.Ping() != nil; time.Sleep(20 * time.Millisecond) {
+	deadline := time.Now().Add(time.Minute)
+	for behind.Ping() != nil {
+		time.Sleep(20 * time.Millisecond)
 		if time.Now().After(deadline) {
 			t.Fatal("haproxy does not answer")
 		}
@@ -136,7 +138,8 @@ func TestLiveBehindAProxy(t *testing.T) {
 			t.Errorf("%s %s: %s", refused[0], refused[1], resp.Status)
 		}
 	}
-	if container, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id}); err != nil || !container.State.Running {
+	container, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: id})
+	if err != nil || !container.State.Running {
 		t.Errorf("the container does not run any more: %v", err)
 	}
 }

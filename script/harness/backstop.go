@@ -224,11 +224,16 @@ func (s *StandIn) take(r *http.Request, auth string) (int, string) {
 	if kind != "application/json" || json.Unmarshal(body, &items) != nil {
 		return http.StatusBadRequest, "JSON is required"
 	}
+	return s.takeAll(items)
+}
+
+// takeAll stores items up to the first bad one.
+func (s *StandIn) takeAll(items []map[string]json.RawMessage) (int, string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, item := range items {
 		if len(item["metric"]) == 0 || len(item["value"]) == 0 || len(item["measure_time"]) == 0 {
-			return http.StatusBadRequest, "missing fields" // and the items before it are stored
+			return http.StatusBadRequest, "missing fields"
 		}
 		if s.Bad == strings.Trim(string(item["metric"]), `"`)+" "+string(item["measure_time"]) {
 			return http.StatusBadRequest, "missing fields"
