@@ -208,14 +208,16 @@ func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
 		order = slices.Insert(order, 0, q.batches[len(q.batches)-1:])
 	}
 	now := time.Now()
-	for _, b := range slices.Concat(order...) {
-		inMemory := b.body != nil || b.packed != nil
-		unstored := inMemory && b.file == "" && q.disk.writable
-		switch left := storeWait - now.Sub(b.put); {
-		case unstored && left > 0:
-			wait = max(wait, left)
-		case inMemory || q.disk.readable:
-			return b, 0
+	for _, batches := range order {
+		for _, b := range batches {
+			inMemory := b.body != nil || b.packed != nil
+			unstored := inMemory && b.file == "" && q.disk.writable
+			switch left := storeWait - now.Sub(b.put); {
+			case unstored && left > 0:
+				wait = max(wait, left)
+			case inMemory || q.disk.readable:
+				return b, 0
+			}
 		}
 	}
 	return nil, wait
@@ -281,8 +283,8 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 		b.packed = nil
 	}
 	q.late = max(q.late, slices.Index(q.batches, b)+1)
-	if q.trouble = trouble; trouble != "" {
-		q.late = len(q.batches)
+	if trouble != "" {
+		q.trouble, q.late = trouble, len(q.batches)
 	}
 	for _, b := range q.batches[:q.late] {
 		if b.body != nil { // its turn does not come at once
