@@ -10,19 +10,16 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"time"
 )
 
 // check writes to w what the rules make of each running container: one line each, in columns that
 // scripts can split at blanks, with a remark at the end. ok is false if containers collide or one
 // cannot be named. The error is one of the engine or of w.
 func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) {
-	list, _, err := c.list(ctx)
+	now, err := c.survey(ctx)
 	if err != nil {
 		return false, err
 	}
-	unnamed := c.containers.findImages(ctx, c.engine, list)
-	now := c.containers.remember(list, unnamed, c.hostName(), time.Now())
 	var lines strings.Builder
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CONTAINER\tRULE\tCATEGORY\tMETRICS")
@@ -35,12 +32,14 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 			rule = strconv.Itoa(known.rule)
 		}
 		switch {
-		case unnamed[known.id] != nil:
-			metrics, remark = "?", "cannot be named: "+errorText(unnamed[known.id])
+		case now.unnamed[known.id] != nil:
+			metrics, remark = "?", "cannot be named: "+errorText(now.unnamed[known.id])
 		case known.drop:
 			metrics, remark = "-", "dropped"
 		case known.shadowed != "":
 			remark = "left out: " + known.shadowed + " has this name already"
+		case known.remark != "":
+			remark = "no name of its own in the engine's list: " + known.remark
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n",
 			known.name, rule, cmp.Or(known.category, "-"), metrics, remark)
@@ -51,5 +50,5 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 			return false, err
 		}
 	}
-	return now.collisions == 0 && len(unnamed) == 0, nil
+	return now.collisions == 0 && len(now.unnamed) == 0, nil
 }

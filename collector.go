@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,8 +11,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	docker "github.com/fsouza/go-dockerclient"
 )
 
 // collector makes metrics of what the engine says about its containers. Only one goroutine may
@@ -19,21 +18,32 @@ import (
 type collector struct {
 	engine     *engine
 	containers containers
+	events     events
 	per        details
 	host       string // what --host says
 	alive      func() // called after each answer; may be nil
 	log        *slog.Logger
 
-	size        int    // of the last sweep, in metrics, and some more
-	flow        flow   // of the calls to the engine
-	engineName  string // the engine's own name, "" until it is known
-	met         bool   // whether the engine answered last time
-	trouble     string // the last trouble with the engine that was logged
-	infoTrouble string // the last trouble with its /info that was logged
+	size    int    // of the last sweep, in metrics, and some more
+	flow    flow   // of the calls to the engine
+	about   about  // what the engine tells about itself
+	met     bool   // whether the engine answered last time
+	skewed  bool   // whether its clock is known to be wrong, or ours
+	trouble string // the last trouble with the engine that was logged
+}
+
+// about is what an engine told about itself.
+type about struct {
+	info
+	askedAt  time.Time // zero: it is to be asked
+	nameless bool      // whether it will not tell its name
+	trouble  string    // the last trouble with it that was logged
 }
 
 func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
-	return &collector{engine: e, containers: containers{rules: rs, log: log}, log: log}
+	return &collector{
+		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
+	}
 }
 
 // sweepResult is what one sweep brought.
@@ -45,14 +55,12 @@ type sweepResult struct {
 	err     error // why the engine as a whole could not be asked
 }
 
-// hostName is the name of the host in its metrics, one node of a path: what --host says,
-// else the engine's own name, else, until that is known, this machine's.
+// hostName is the name of the host in its metrics, one node of a path: what --host says, else the
+// engine's own name, else, if the engine will not tell that, this machine's. It is "" as long as it
+// is not known: series under a name that changes soon would stay for ever.
 func (c *collector) hostName() string {
-	name := c.host
-	if name == "" {
-		name = c.engineName
-	}
-	if name == "" {
+	name := cmp.Or(c.host, c.about.Name)
+	if name == "" && c.about.nameless {
 		name, _ = os.Hostname()
 	}
 	return graphiteNode(name)
@@ -63,74 +71,122 @@ func (c *collector) hostName() string {
 // it is over.
 func (c *collector) sweep(ctx context.Context) sweepResult {
 	start := time.Now()
-	list, about, err := c.list(ctx)
+	now, err := c.survey(ctx)
 	if err != nil {
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	unnamed := c.containers.findImages(ctx, c.engine, list)
-	now := c.containers.remember(list, unnamed, c.hostName(), start)
-
 	var asking sync.WaitGroup
-	if about == nil {
-		asking.Go(func() { about = c.about(ctx) })
+	from, about, err := c.origin(), info{}, error(nil)
+	due := start.Sub(c.about.askedAt) > refresh
+	if due {
+		asking.Go(func() { about, err = c.engine.info(ctx) })
 	}
-	metrics, errs := c.askAll(ctx, now.asked, start)
+	metrics, errs := c.askAll(ctx, now.asked, from, start)
 	asking.Wait()
+	if due {
+		c.hear(about, err)
+	}
 
-	result := sweepResult{metrics: metrics, running: now.running, failed: len(unnamed)}
+	result := sweepResult{metrics: metrics, running: now.running, failed: len(now.unnamed)}
 	result.err = c.engineTrouble(ctx, errs)
 	c.judge(ctx, &result, now.asked, errs)
 	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host
-		c.addHost(&result, now, about, start)
+		c.addHost(&result, now, start)
 		c.size = len(result.metrics) + len(result.metrics)/8
 	}
 	return result
 }
 
-// list returns the engine's running containers. An engine that is new, failed last time or was
-// upgraded is first asked what it is, and about is the answer. Else about is nil.
-func (c *collector) list(ctx context.Context) (
-	list []docker.APIContainers, about *info, err error,
-) {
-	if c.met && !c.engine.changed.Load() {
-		list, err = c.engine.list(ctx)
-		return list, nil, err
-	}
-	server, err := c.engine.hello(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	about = c.about(ctx)
-	if list, err = c.engine.list(ctx); err != nil {
-		return nil, nil, err
-	}
-	c.log.Info("Docker engine answers", "engine", server, "api", c.engine.api,
-		"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
-	c.met, c.trouble = true, ""
-	return list, about, nil
-}
+// manyStopped is up to how many stopped containers they are asked for in each list, to be counted:
+// one costs the engine about 0.1 ms. Of more, /info tells the number, every now and then.
+const manyStopped = 200
 
-// about returns what the engine tells about itself. A proxy before the engine may forbid the
-// question: the answer is empty then, and the sweep goes on.
-func (c *collector) about(ctx context.Context) *info {
-	about, err := c.engine.info(ctx)
-	if err == nil && about.Name != "" {
-		c.engineName = about.Name
-	}
-	if isConnectionError(err) {
-		return &about // the engine as a whole is in trouble, and that is logged elsewhere
-	}
-	if text := errorText(err); text != c.infoTrouble {
-		c.infoTrouble = text
-		if err != nil {
-			c.log.Warn("the Docker engine does not tell about itself: "+
-				"no figures of all its containers, and this machine's name "+
-				"where it has not told its own; --host sets that",
-				"host", c.hostName(), "error", text)
+// survey lists the engine's containers, gives names to those that run, and asks what happened since
+// the last time. An engine that is new, failed last time or was upgraded is first asked what it is.
+func (c *collector) survey(ctx context.Context) (census, error) {
+	var server string
+	fresh := !c.met || c.engine.changed.Load()
+	if fresh {
+		var err error
+		if server, err = c.engine.hello(ctx); err != nil {
+			return census{}, err
 		}
 	}
-	return &about
+	var about info
+	var silent error
+	ask := fresh || c.hostName() == ""
+	if ask {
+		about, silent = c.engine.info(ctx)
+	}
+	all := c.about.Stopped.n <= manyStopped || time.Since(c.about.askedAt) > refresh
+	list, err := c.engine.list(ctx, all)
+	if err != nil {
+		return census{}, err
+	}
+	if ask {
+		c.hear(about, silent)
+	}
+	now, everything := time.Now(), len(list)
+	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
+	if fresh {
+		c.log.Info("Docker engine answers", "engine", server, "api", c.engine.api,
+			"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
+		c.met, c.trouble = true, ""
+	}
+	c.compareClocks()
+	c.containers.changed(c.events.poll(ctx, c.engine))
+	unnamed := c.containers.findImages(ctx, c.engine, list)
+	seen := c.containers.remember(list, unnamed, c.hostName(), c.engine.clock.at(now))
+	if all { // those that wait to be restarted are stopped, for /info
+		c.about.Stopped = counted(uint64(everything - len(list) + seen.restarting))
+	}
+	return seen, nil
+}
+
+// hear takes over what the engine tells about itself. A proxy before the engine may forbid the
+// question: the sweep goes on all the same.
+func (c *collector) hear(told info, err error) {
+	if err == nil {
+		c.about.info, c.about.askedAt = told, time.Now()
+	}
+	c.about.nameless = isRefusal(err) || err == nil && told.Name == ""
+	text := errorText(err)
+	if text == c.about.trouble || errors.Is(err, context.Canceled) {
+		return
+	}
+	c.about.trouble = text
+	switch {
+	case isRefusal(err):
+		c.log.Warn("the Docker engine does not tell about itself: this machine's name is used "+
+			"where it has not told its own; --host sets that", "host", c.hostName(), "error", text)
+	case err != nil && c.hostName() == "":
+		c.log.Warn("the Docker engine does not tell its name, asking again at the next poll: "+
+			"until then, no figures of the host and of containers with ${host} in their rule; "+
+			"--host sets the name", "error", text)
+	case err != nil:
+		c.log.Warn("the Docker engine does not tell about itself, asking again at the next poll",
+			"error", text)
+	}
+}
+
+// origin returns what of the engine makes a difference for the meaning of its answers.
+func (c *collector) origin() origin {
+	return origin{cpus: c.about.NCPU.n, memory: c.about.MemTotal.n}
+}
+
+// maxSkew is how far the engine's clock may be off ours without a warning.
+const maxSkew = 30 * time.Second
+
+// compareClocks warns of an engine whose clock differs from ours.
+func (c *collector) compareClocks() {
+	off := c.engine.clock.off()
+	skewed := off.Abs() > maxSkew
+	if skewed && !c.skewed {
+		c.log.Warn("the Docker engine's clock is not ours: its containers' metrics carry its time",
+			"ahead", off.Round(time.Second))
+	}
+	c.skewed = skewed
 }
 
 // engineFailed logs what is wrong with the engine, if that is news.
@@ -147,16 +203,20 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 
 // askAll samples the containers side by side. It returns all metrics, and an error or nil for
 // each container.
-func (c *collector) askAll(ctx context.Context, asked []*container, start time.Time) (
-	metrics []metric, errs []error,
-) {
+func (c *collector) askAll(
+	ctx context.Context, asked []*container, from origin, start time.Time,
+) (metrics []metric, errs []error) {
 	metrics = make([]metric, 0, c.size)
 	errs = make([]error, len(asked))
 	var mu sync.Mutex // of metrics
 	c.flow.run(len(asked), func(i int) {
 		b := buffers.Get().(*buffer)
 		defer buffers.Put(b)
-		errs[i] = c.sample(ctx, asked[i], start, b)
+		s := sampling{c, asked[i], from, c.engine.clock.at(start), flattener{
+			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
+		}}
+		errs[i] = s.sample(ctx, &b.body)
+		b.metrics = s.metrics
 		if c.alive != nil {
 			c.alive()
 		}
@@ -187,7 +247,7 @@ func (c *collector) judge(
 ) {
 	for i, err := range errs {
 		switch {
-		case err == nil:
+		case err == nil, errors.Is(err, errRestarting):
 			result.sampled++
 		case !isGone(err) && ctx.Err() == nil:
 			result.failed++
@@ -199,15 +259,20 @@ func (c *collector) judge(
 }
 
 // addHost adds the metrics of the host and of the sweep itself.
-func (c *collector) addHost(result *sweepResult, now census, about *info, start time.Time) {
+func (c *collector) addHost(result *sweepResult, now census, start time.Time) {
 	host := flattener{metrics: result.metrics, path: c.hostName(), at: start.Unix()}
+	if host.path == "" {
+		return
+	}
 	host.addCount(".containers.total", result.running)
 	for _, category := range c.containers.rules.categories() {
 		host.addCount(".containers."+category, now.categories[category])
 	}
-	host.add(".containers.running", about.Running)
-	host.add(".containers.paused", about.Paused)
-	host.add(".containers.stopped", about.Stopped)
+	// As /info counts them
+	host.addCount(".containers.running", now.running-now.paused-now.restarting)
+	host.addCount(".containers.paused", now.paused)
+	host.add(".containers.stopped", c.about.Stopped)
+	c.events.flatten(&host)
 	host.addCount(".metrics.sampled", result.sampled)
 	host.addCount(".metrics.failed", result.failed)
 	host.addCount(".metrics.collisions", now.collisions)
@@ -223,52 +288,85 @@ type buffer struct {
 
 var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
-// sample asks for one container and leaves its metrics in b.
-func (c *collector) sample(
-	ctx context.Context, known *container, start time.Time, b *buffer,
-) error {
-	b.body.Reset()
-	f := flattener{metrics: b.metrics[:0]}
-	defer func() { b.metrics = f.metrics }()
-	from, err := c.engine.stats(ctx, known.id, &b.body)
-	if err != nil {
-		if c.hasStopped(ctx, known.id, err) {
-			return errStopped
+// sampling makes the metrics of one container.
+type sampling struct {
+	*collector
+	known *container
+	from  origin
+	now   time.Time // when the sweep began, by the engine's clock
+	flattener
+}
+
+// sample asks for the container and collects its metrics. One that is between two runs has few.
+func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
+	if s.known.restarting {
+		if err := s.inspect(ctx); err != nil {
+			return err
 		}
+	}
+	err := s.measure(ctx, body)
+	if !isDoubtful(err) {
 		return err
 	}
-	stats, err := decodeStats(b.body.Bytes())
+	now := s.inspect(ctx)
+	switch {
+	case isGone(now), errors.Is(now, errRestarting):
+		return now
+	case isGone(err): // so it seemed
+		err = rubbish{errors.New("its stats answer is empty")}
+		if now != nil {
+			err = rubbish{fmt.Errorf("%w, and inspect: %w", err, now)}
+		}
+	}
+	return err
+}
+
+// inspect asks what only inspect tells. It returns nil if the container runs. If it waits to be
+// restarted, there is one thing to tell about it.
+func (s *sampling) inspect(ctx context.Context) error {
+	now, err := s.engine.inspect(ctx, s.known.id)
 	if err != nil {
 		return err
 	}
-	stats.flatten(&f, known.path, from, c.per)
-	if known.restarted {
-		now, err := c.engine.inspect(ctx, known.id)
+	s.known.learn(now, s.now)
+	switch {
+	case now.State.Restarting:
+		s.add(".restarts", s.known.restarts)
+		return errRestarting
+	case !now.State.Running:
+		return errStopped
+	}
+	return nil
+}
+
+// measure asks for the container's stats.
+func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
+	known, start := s.known, s.at
+	body.Reset()
+	from, err := s.engine.stats(ctx, known.id, body)
+	if err != nil {
+		return err
+	}
+	stats, err := decodeStats(body.Bytes())
+	if err != nil {
+		return err
+	}
+	from.cpus, from.memory = s.from.cpus, s.from.memory
+	stats.flatten(&s.flattener, known.path, from, s.per)
+	if known.stale {
+		now, err := s.engine.inspect(ctx, known.id)
 		if err != nil {
 			known.last = nil // nobody knows whether it was restarted
 			return fmt.Errorf("its uptime: %w", err)
 		}
-		known.startedAt = now.State.StartedAt
-		known.restarts = uint64(max(now.RestartCount, 0))
+		known.learn(now, s.now)
 	}
-	known.checkedAt = start
 	sample := stats.cpuSample(known.startedAt, from)
 	if percent, ok := sample.percentSince(known.last, from); ok {
-		f.addDecimal(".cpu.percent", percent)
+		s.addDecimal(".cpu.percent", percent)
 	}
 	known.last = sample
-	f.at = start.Unix() // what follows is not of the stats answer
-	known.flatten(&f, start)
+	s.at = start // what follows is not of the stats answer
+	known.flatten(&s.flattener, *stats.Read)
 	return nil
-}
-
-// hasStopped reports whether a failed stats call means that the container has just stopped:
-// engines with one-shot answer 500 then.
-func (c *collector) hasStopped(ctx context.Context, id string, err error) bool {
-	var status *docker.Error
-	if !errors.As(err, &status) || status.Status < 500 {
-		return false
-	}
-	now, err := c.engine.inspect(ctx, id)
-	return isGone(err) || err == nil && !now.State.Running
 }

@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
-	docker "github.com/fsouza/go-dockerclient"
 )
 
 // collecting returns a collector of an engine whose calls may take as long as timeout, and its log.
@@ -96,13 +95,13 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 		result := c.sweep(t.Context())
 		lines := asLines(result.metrics)
 		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") ||
-			strings.Contains(lines, ".containers.paused ") || !strings.Contains(lines, "\nfx-two.uptime ") {
+			!strings.Contains(lines, "\nfx-two.uptime ") {
 			t.Errorf("without /info it is %v\n%s", result.err, lines)
 		}
 	}
 	if got := log.Take(); strings.Count(got, "level=WARN") != 1 ||
 		!strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+
-			` error="API error (403): no"`) {
+			` error="API error (403): no; the engine, or a proxy before it, forbids GET /info"`) {
 		t.Errorf("logged %s", got)
 	}
 	r.On("/info", nil)
@@ -124,7 +123,7 @@ func TestHostFigures(t *testing.T) {
 	}
 	lines := asLines(result.metrics)
 	for _, want := range []string{
-		// From the recorded /info
+		// From the recorded list of all
 		"containers.running 5", "containers.paused 1", "containers.stopped 1",
 		// fx-web is gone, fx-two fails, one of two is left out, three are left.
 		"containers.total 6", "metrics.sampled 3", "metrics.failed 1", "metrics.collisions 1",
@@ -142,25 +141,25 @@ func TestCollisions(t *testing.T) {
 		`in its metrics; --prefix can tell them apart" `
 	log := &harness.Log{}
 	c := &containers{log: log.Logger(), rules: renaming(regexp.MustCompile(`-\d$`), "")}
-	listed := func(name string, created int64) docker.APIContainers {
-		return docker.APIContainers{ID: name, Names: []string{"/" + name}, Created: created}
+	entry := func(name string, created int64) listed {
+		return listed{ID: name, Names: []string{"/" + name}, Created: created}
 	}
 	for _, test := range []struct {
 		why        string
-		list       []docker.APIContainers
+		list       []listed
 		asked      string
 		collisions int
 		log        string
 	}{
 		{"at first it is the oldest",
-			[]docker.APIContainers{listed("web-3", 30), listed("web-2", 20), listed("db-1", 50)},
+			[]listed{entry("web-3", 30), entry("web-2", 20), entry("db-1", 50)},
 			"web-2 db-1", 1, leftOut + "container=web-3 other=web-2 metrics=web\n"},
-		{"once is enough to say it", []docker.APIContainers{listed("web-3", 30), listed("web-2", 20)},
+		{"once is enough to say it", []listed{entry("web-3", 30), entry("web-2", 20)},
 			"web-2", 1, ""},
 		{"then it is the one that has it",
-			[]docker.APIContainers{listed("web-1", 10), listed("web-2", 20)},
+			[]listed{entry("web-1", 10), entry("web-2", 20)},
 			"web-2", 1, leftOut + "container=web-1 other=web-2 metrics=web\n"},
-		{"until it goes", []docker.APIContainers{listed("web-1", 10)}, "web-1", 0, ""},
+		{"until it goes", []listed{entry("web-1", 10)}, "web-1", 0, ""},
 	} {
 		now := c.remember(test.list, nil, "h", time.Now())
 		asked, collisions := now.asked, now.collisions
@@ -244,10 +243,9 @@ func TestImages(t *testing.T) {
 	// Nobody looks at it.
 	c, _ = collecting(t, r.URL, 10*time.Second)
 	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{}`))
-	list0, _, err := c.list(t.Context())
-	if failed := c.containers.findImages(t.Context(), c.engine, list0); err != nil || len(failed) != 0 ||
+	if now, err := c.survey(t.Context()); err != nil || len(now.unnamed) != 0 ||
 		len(inspected()) != 0 {
-		t.Errorf("%v, %v", failed, err)
+		t.Errorf("%v, %v", now.unnamed, err)
 	}
 }
 
@@ -255,9 +253,9 @@ func TestImages(t *testing.T) {
 func TestHostInPaths(t *testing.T) {
 	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`),
 		(&harness.Log{}).Logger())
-	list := []docker.APIContainers{{ID: "1", Names: []string{"/web"}}}
+	list := []listed{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
-		c.engineName = host
+		c.about.Name = host
 		if now := c.containers.remember(list, nil, c.hostName(), time.Now()); len(now.asked) != 1 ||
 			now.asked[0].path != graphiteNode(host)+".web" {
 			t.Errorf("on %s: %+v", host, now.asked[0])
@@ -298,10 +296,12 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			failed + `"API error (500): device or resource busy"`},
 		"has time 0": {ok(`{"read":"1970-01-01T00:00:00Z","memory_stats":{"usage":1}}`),
 			failed + `"its stats answer is of 1970-01-01 00:00:00 +0000 UTC"`},
-		"stopped": {ok(`{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`),
-			gone + `"it stopped while it was asked"`},
-		"stopped, Podman": {ok(``), gone + `"it stopped while it was asked"`},
-		"was removed":     {harness.AnswerWith(404, `{}`), gone + `"No such container: ` + id + `"`},
+		"says nothing": {ok(`{"read":"0001-01-01T00:00:00Z","memory_stats":{"usage":1}}`),
+			failed + `"its stats answer is empty"`},
+		"says nothing, Podman": {ok(``), failed + `"its stats answer is empty"`},
+		"is in conflict": {harness.AnswerWith(409, `{"message":"busy"}`),
+			failed + `"API error (409): busy"`},
+		"was removed": {harness.AnswerWith(404, `{}`), gone + `"No such container: ` + id + `"`},
 	} {
 		t.Run(why, func(t *testing.T) {
 			t.Parallel()
@@ -350,18 +350,27 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 	}
 }
 
-// Engines with one-shot answer 500 for a container that has just stopped.
+// What engines answer for a container that has just stopped, they also answer for some that run: only
+// inspect tells.
 func TestStoppedIsNotAFailure(t *testing.T) {
-	r := harness.NewReplay(t, "cgroup2")
-	r.On("/containers/fx-two/stats", harness.AnswerWith(500, `{"message":"cgroups: cgroup deleted"}`))
-	r.On("/containers/fx-two/json", r.Serve("inspect-exited.json"))
-	c, log := collecting(t, r.URL, 10*time.Second)
-	if result := c.sweep(t.Context()); result.failed != 0 {
-		t.Errorf("%d failed", result.failed)
-	}
-	if got := log.Take(); strings.Contains(got, "ERROR") ||
-		!strings.Contains(got, `container=fx-two reason="it stopped`) {
-		t.Errorf("logged %s", got)
+	for why, answer := range map[string]http.HandlerFunc{
+		"one-shot":        harness.AnswerWith(500, `{"message":"cgroups: cgroup deleted"}`),
+		"collector":       harness.AnswerWith(200, `{"read":"0001-01-01T00:00:00Z"}`),
+		"Podman 2 and 3":  harness.AnswerWith(409, `{"message":"container is not running"}`),
+		"Podman 4":        harness.AnswerWith(200, ``),
+		"removed as well": harness.AnswerWith(404, `{}`),
+	} {
+		r := harness.NewReplay(t, "cgroup2")
+		r.On("/containers/fx-two/stats", answer)
+		r.On("/containers/fx-two/json", r.Serve("inspect-exited.json"))
+		c, log := collecting(t, r.URL, 10*time.Second)
+		if result := c.sweep(t.Context()); result.failed != 0 {
+			t.Errorf("%s: %d failed", why, result.failed)
+		}
+		if got := log.Take(); strings.Contains(got, "ERROR") ||
+			!strings.Contains(got, `msg="container is gone" container=fx-two reason=`) {
+			t.Errorf("%s: logged %s", why, got)
+		}
 	}
 }
 
@@ -538,16 +547,14 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	c, _ := collecting(t, r.URL, 10*time.Second)
 	start := time.Now()
 	status := "Up Less than a second"
-	inspected := func(at time.Time) bool {
+	asks := func(at time.Time) bool {
 		t.Helper()
-		listed := docker.APIContainers{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}
-		asked := c.containers.remember([]docker.APIContainers{listed}, nil, "h", at).asked
-		known := asked[0]
-		if known.restarted {
-			known.startedAt = at
+		web := listed{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}
+		known := c.containers.remember([]listed{web}, nil, "h", at).asked[0]
+		if known.stale {
+			known.learn(&inspected{}, at)
 		}
-		known.checkedAt = at
-		return known.restarted
+		return known.stale
 	}
 	for _, test := range []struct {
 		after  time.Duration
@@ -566,7 +573,7 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 		{27 * time.Hour, "whatever", true},
 	} {
 		status = test.status
-		if got := inspected(start.Add(test.after)); got != test.want {
+		if got := asks(start.Add(test.after)); got != test.want {
 			t.Errorf("%s after %s: inspected %t", status, test.after, got)
 		}
 	}
@@ -574,15 +581,15 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	// And in a whole sweep: the recorded containers are up for 40 s.
 	r.Questions()
 	c.sweep(t.Context())
-	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 1+5 {
-		t.Errorf("the first sweep asked %s", asked) // the list and an inspect each
+	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 5 {
+		t.Errorf("the first sweep asked %s", asked) // an inspect each
 	}
 	lines := asLines(c.sweep(t.Context()).metrics)
 	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats " +
 		"/containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats " +
-		"/containers/json /info"
-	if asked := strings.ReplaceAll(strings.Join(r.Questions(), " "), "?stream=false&one-shot=true",
-		""); asked != want {
+		"/containers/json?all=1 /events"
+	if asked := regexp.MustCompile(`\?(stream|filters)\S*`).ReplaceAllString(
+		strings.Join(r.Questions(), " "), ""); asked != want {
 		t.Errorf("the second sweep asked %s, want %s", asked, want)
 	}
 	if strings.Count(lines, ".uptime ") != 5 {
@@ -590,31 +597,6 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	}
 	if len(c.containers.byID) != 6 {
 		t.Errorf("%d containers are remembered", len(c.containers.byID))
-	}
-}
-
-func TestContainerName(t *testing.T) {
-	for _, test := range []struct {
-		names []string
-		want  string
-	}{
-		{[]string{"/web"}, "web"},
-		{[]string{"web"}, "web"}, // Podman's stats have them so
-		{[]string{"/shop/db", "/postgres"}, "postgres"},
-		{nil, ""},
-		{[]string{""}, ""},
-	} {
-		if got := containerName(test.names); got != test.want {
-			t.Errorf("%q: %q, want %q", test.names, got, test.want)
-		}
-	}
-	// Entries without one, or there twice, are left out: they could not be told apart.
-	c := &containers{log: (&harness.Log{}).Logger()}
-	list := []docker.APIContainers{{ID: "1"}, {ID: "2", Names: []string{"/a"}},
-		{ID: "2", Names: []string{"/b"}}}
-	if now := c.remember(list, nil, "h", time.Now()); len(now.asked) != 1 || now.asked[0].name != "a" ||
-		now.collisions != 0 {
-		t.Errorf("remembered %v, %d collisions", now.asked, now.collisions)
 	}
 }
 

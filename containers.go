@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -12,8 +13,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	docker "github.com/fsouza/go-dockerclient"
 )
 
 // containers is what is kept of the running containers from one sweep to the next.
@@ -26,92 +25,209 @@ type containers struct {
 
 // container is what is kept of one of them.
 type container struct {
-	id   string
-	name string // without Docker's leading slash
-	host string // the name of the host when the container was named
+	id     string
+	name   string // without Docker's leading slash
+	remark string // what is odd about its name, as logged, "" for nothing
+	host   string // the name of the host when the container was named
 	naming
 	// What the list said of it
-	created int64  // Unix seconds
-	image   string // what it was made of: see findImages
-	status  string
+	created    int64  // Unix seconds
+	image      string // what it was made of: see findImages
+	status     string
+	health     string // "" if the list does not tell
+	restarting bool   // whether it waits to be started again
 
-	startedAt time.Time  // zero until it is known
-	restarts  uint64     // by its restart policy
-	checkedAt time.Time  // when the two were last known to be right, by our clock
-	restarted bool       // whether it may have been started since then
+	facts
+	checkedAt time.Time  // when they were last known to be right, by the engine's clock
+	stale     bool       // whether they may have changed since then
 	last      *cpuSample // nil if there is none to compare with
 	trouble   string     // the last trouble with it that was logged, "" if it is well
 	shadowed  string     // the name of the container that has its path, as logged
 }
 
+// facts are what only inspect tells.
+type facts struct {
+	startedAt time.Time // zero if it is not known
+	restarts  count     // by its restart policy
+	exitCode  int       // of its last run
+	cpuLimit  float64   // in CPUs, 0 for none
+	health    string    // "" for a container without a health check
+}
+
 // census is what one list says of the running containers, and what the rules make of them.
 type census struct {
 	running    int
-	asked      []*container   // those to ask
-	collisions int            // those left out because another one has their path
-	categories map[string]int // how many the rules put in each
+	paused     int              // of those
+	restarting int              // likewise
+	asked      []*container     // those to ask
+	unnamed    map[string]error // those that cannot be asked, by id
+	collisions int              // those left out because another one has their path
+	categories map[string]int   // how many the rules put in each
 }
 
-// remember takes over a list made since start, and forgets all that is not in it. unnamed has
-// errors by container id: such a container cannot be named yet, and is not asked.
+// remember takes over a list of the engine's time at, and forgets all that is not in it. unnamed
+// has errors by container id: such a container cannot be named yet, and is not asked. Nor is one
+// whose name has that of the host in it, while that is unknown: "".
 func (cs *containers) remember(
-	list []docker.APIContainers, unnamed map[string]error, host string, start time.Time,
+	list []listed, unnamed map[string]error, host string, at time.Time,
 ) census {
-	now := census{categories: map[string]int{}}
+	now := census{categories: map[string]int{}, unnamed: map[string]error{}}
+	maps.Copy(now.unnamed, unnamed)
 	byID := make(map[string]*container, len(list))
 	for i := range list {
 		listed := &list[i]
-		name := containerName(listed.Names)
-		if name == "" || byID[listed.ID] != nil {
-			cs.log.Debug("list entry without a name, or there twice", "id", listed.ID)
+		id := listed.ID
+		if id == "" { // not to be asked, and to be told from others
+			id = "entry " + strconv.Itoa(i+1)
+			now.unnamed[id] = errors.New("the engine's list has no id of it")
+		}
+		if byID[id] != nil {
+			cs.log.Debug("list entry there twice", "id", id)
 			continue
 		}
-		known := cs.byID[listed.ID]
+		known := cs.byID[id]
 		if known == nil {
-			known = &container{id: listed.ID, created: listed.Created}
+			known = &container{id: id, created: listed.Created}
 		}
-		byID[listed.ID] = known
-		if err := unnamed[listed.ID]; err != nil {
-			known.name, known.naming = name, naming{}
-			cs.report(known, err)
-			continue
-		}
-		if known.path == "" || known.name != name || known.host != host {
-			known.name, known.host, known.image = name, host, listed.Image
-			who := subject{name, listed.ID, listed.Image, listed.Labels}
-			known.naming = cs.rules.apply(who, host)
-		}
-		if known.category != "" {
-			now.categories[known.category]++
-		}
-		known.status = listed.Status
-		known.restarted = known.mayHaveRestarted(start)
+		byID[id] = known
+		now.count(listed)
+		cs.name(known, listed, host, &now)
+		known.status, known.health = listed.Status, listed.healthStatus()
+		known.restarting = listed.isRestarting()
+		known.stale = known.mayHaveChanged(at)
 	}
 	cs.byID, now.running = byID, len(byID)
 	cs.share(&now)
 	return now
 }
 
-// mayHaveRestarted reports whether the container may have been started since it was checked: if
-// so, it is up for no longer than that.
-func (known *container) mayHaveRestarted(start time.Time) bool {
-	since := start.Round(0).Sub(known.checkedAt.Round(0)) // by the wall clock, as the engine's
-	return known.startedAt.IsZero() || upAtLeast(known.status) < since+2*time.Second
+// count counts a container by its state.
+func (now *census) count(listed *listed) {
+	switch {
+	case listed.isRestarting():
+		now.restarting++
+	case listed.isPaused():
+		now.paused++
+	}
 }
 
-// flatten adds what is known of a container beside its stats.
-func (known *container) flatten(f *flattener, start time.Time) {
-	if !known.startedAt.IsZero() {
-		up := max(start.Sub(known.startedAt), 0) // the engine's clock can be ahead of ours
-		f.addCount(".uptime", int(up/time.Second))
+// name gives a container its name, and a path by the rules.
+func (cs *containers) name(known *container, listed *listed, host string, now *census) {
+	name, remark := nameOf(listed)
+	if remark != "" && remark != known.remark {
+		cs.log.Warn("container without a name of its own in the engine's list",
+			"container", name, "reason", remark)
 	}
-	f.add(".restarts", counted(known.restarts))
-	switch {
-	case strings.Contains(known.status, "(healthy)"):
+	known.remark = remark
+	who := subject{name, listed.ID, listed.Image, listed.Labels}
+	if host == "" && now.unnamed[known.id] == nil &&
+		cs.rules.apply(who, "a") != cs.rules.apply(who, "b") {
+		now.unnamed[known.id] = errNoHost
+	}
+	if err := now.unnamed[known.id]; err != nil {
+		known.name, known.naming = name, naming{}
+		cs.report(known, err)
+		return
+	}
+	if known.path == "" || known.name != name || known.host != host {
+		known.name, known.host, known.image = name, host, listed.Image
+		known.naming = cs.rules.apply(who, host)
+	}
+	if known.category != "" {
+		now.categories[known.category]++
+	}
+}
+
+var errNoHost = errors.New("its name has the host's in it, and the engine has not told that yet")
+
+// changed says that what inspect told of some containers is not right any more.
+func (cs *containers) changed(ids []string) {
+	for _, id := range ids {
+		if known := cs.byID[id]; known != nil {
+			known.checkedAt = time.Time{}
+		}
+	}
+}
+
+// refresh is after what time inspect is asked again in any case: an event can be missed.
+const refresh = 10 * time.Minute
+
+// mayHaveChanged reports whether what inspect told may be wrong at the engine's time at. That is so
+// if the container may have been started since it was checked: it is up for no longer than that.
+func (known *container) mayHaveChanged(at time.Time) bool {
+	since := at.Sub(known.checkedAt)
+	return known.checkedAt.IsZero() || since > refresh ||
+		upAtLeast(known.status) < since+2*time.Second ||
+		known.health == "" && known.facts.health != ""
+}
+
+// learn takes over what inspect says at the engine's time at.
+func (known *container) learn(now *inspected, at time.Time) {
+	known.checkedAt = at
+	known.startedAt, _ = time.Parse(time.RFC3339Nano, now.State.StartedAt)
+	known.restarts, known.exitCode = now.RestartCount, now.State.ExitCode
+	known.cpuLimit = now.cpuLimit()
+	known.facts.health = now.State.Health.Status
+	if known.facts.health == "none" {
+		known.facts.health = ""
+	}
+}
+
+// noClock is before Docker's first release. Boards without a clock start in 1970.
+var noClock = time.Date(2013, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// flatten adds what is known of a container beside its stats, which were read at the engine's time
+// read.
+func (known *container) flatten(f *flattener, read time.Time) {
+	if known.startedAt.After(noClock) {
+		f.addCount(".uptime", int(max(read.Sub(known.startedAt), 0)/time.Second))
+	}
+	f.add(".restarts", known.restarts)
+	if known.cpuLimit > 0 {
+		f.addDecimal(".cpu.limit", known.cpuLimit)
+	}
+	switch cmp.Or(known.health, known.facts.health) {
+	case "healthy":
 		f.addCount(".health", 1)
-	case strings.Contains(known.status, "(unhealthy)"):
+	case "unhealthy":
 		f.addCount(".health", 0)
 	}
+}
+
+// cpuLimit returns how many CPUs a container may use, 0 if there is no limit.
+func (now *inspected) cpuLimit() (least float64) {
+	host := &now.HostConfig
+	period := host.CPUPeriod.n
+	if period == 0 {
+		period = 100_000 // the kernel's default
+	}
+	for _, limit := range [...]float64{
+		float64(host.NanoCpus.n) / 1e9,
+		float64(host.CPUQuota.n) / float64(period),
+		float64(sizeOf(host.CpusetCpus)),
+	} {
+		if limit > 0 && (least == 0 || limit < least) {
+			least = limit
+		}
+	}
+	return least
+}
+
+// sizeOf returns how many CPUs a list such as "0-2,7" has, 0 if it is none.
+func sizeOf(cpuset string) (size uint64) {
+	for part := range strings.SplitSeq(cpuset, ",") {
+		first, last, isRange := strings.Cut(strings.TrimSpace(part), "-")
+		from, err := strconv.ParseUint(first, 10, 16)
+		to := from
+		if err == nil && isRange {
+			to, err = strconv.ParseUint(last, 10, 16)
+		}
+		if err != nil || to < from {
+			return 0
+		}
+		size += to - from + 1
+	}
+	return size
 }
 
 // share gives each path to one container: to the one that has it already, else to the oldest.
@@ -153,19 +269,31 @@ func (cs *containers) share(now *census) {
 // report logs what is wrong with a container, or that it is well again, if that is news.
 func (cs *containers) report(known *container, err error) {
 	trouble := errorText(err)
-	if trouble == known.trouble {
+	if trouble == known.trouble || known.loops(err) {
 		return
 	}
 	log := cs.log.With("container", known.name)
 	switch {
+	case err == nil && known.trouble == errRestarting.Error():
+		log.Info("container stays up again")
 	case err == nil && known.trouble != errStopped.Error():
 		log.Info("container can be read again")
 	case isGone(err):
 		log.Info("container is gone", "reason", trouble)
+	case errors.Is(err, errRestarting):
+		log.Warn("container ends and is restarted again and again",
+			"restarts", known.restarts.n, "exit_code", known.exitCode)
 	case err != nil:
 		log.Error("container cannot be read", "error", trouble)
 	}
 	known.trouble = trouble
+}
+
+// loops reports whether a container that was restarting may do so again soon, whatever it does
+// right now.
+func (known *container) loops(err error) bool {
+	return known.trouble == errRestarting.Error() &&
+		(isGone(err) || err == nil && upAtLeast(known.status) < time.Minute)
 }
 
 // imageID is what a list shows when the image's name means another image by now.
@@ -175,14 +303,17 @@ var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
 // images have taken the names. It does so only if a rule looks at images. It returns errors by
 // container id.
 func (cs *containers) findImages(
-	ctx context.Context, e *engine, list []docker.APIContainers,
+	ctx context.Context, e *engine, list []listed,
 ) map[string]error {
 	if !cs.rules.see("image") {
 		return nil
 	}
-	var missing []*docker.APIContainers
+	var missing []*listed
 	for i := range list {
 		listed := &list[i]
+		if listed.ID == "" {
+			continue
+		}
 		if known := cs.byID[listed.ID]; known != nil && known.image != "" {
 			listed.Image = known.image
 		} else if imageID.MatchString(listed.Image) {
@@ -200,21 +331,62 @@ func (cs *containers) findImages(
 			mu.Lock()
 			defer mu.Unlock()
 			failed[listed.ID] = fmt.Errorf("its image: %w", err)
-		case now.Config != nil && now.Config.Image != "":
+		case now.Config.Image != "":
 			listed.Image = now.Config.Image
 		}
 	})
 	return failed
 }
 
-// containerName returns a container's name out of those in a list: old engines also list the
-// aliases that links gave it, as /other/alias. It returns "" if there is none.
-func containerName(names []string) string {
-	for _, name := range names {
-		name = strings.TrimPrefix(name, "/")
-		if name != "" && !strings.Contains(name, "/") {
-			return name
+// nameOf returns a container's name by the list. Old engines also list the aliases that links gave
+// it, as /other/alias, and a classic Swarm has the node before the name, as /node/name. remark says
+// why the name is not the container's own, if it is not.
+func nameOf(listed *listed) (name, remark string) {
+	for _, own := range listed.Names {
+		own = strings.TrimPrefix(own, "/")
+		if own != "" && !strings.Contains(own, "/") {
+			return own, ""
 		}
+	}
+	for _, long := range listed.Names {
+		if name := long[strings.LastIndex(long, "/")+1:]; name != "" {
+			return name, "the end of " + long
+		}
+	}
+	const short = 12
+	return cmp.Or(listed.ID[:min(len(listed.ID), short)], "?"), "it has none"
+}
+
+// runs reports whether a container in a list of all of them is one of those that run.
+func (l *listed) runs() bool {
+	switch l.State {
+	case "running", "paused", "restarting":
+		return true
+	case "":
+		return l.Status == "" || strings.HasPrefix(l.Status, "Up") || l.isRestarting()
+	}
+	return false
+}
+
+func (l *listed) isRestarting() bool {
+	return l.State == "restarting" || l.State == "" && strings.HasPrefix(l.Status, "Restarting")
+}
+
+func (l *listed) isPaused() bool {
+	return l.State == "paused" || l.State == "" && strings.HasSuffix(l.Status, "(Paused)")
+}
+
+// healthStatus returns what the list says of a container's health, "" if it says nothing.
+func (l *listed) healthStatus() string {
+	switch {
+	case l.Health.Status != "" && l.Health.Status != "none":
+		return l.Health.Status
+	case strings.Contains(l.Status, "(healthy)"):
+		return "healthy"
+	case strings.Contains(l.Status, "(unhealthy)"):
+		return "unhealthy"
+	case strings.Contains(l.Status, "(health: starting)"):
+		return "starting"
 	}
 	return ""
 }

@@ -51,7 +51,29 @@ type engine struct {
 	changed atomic.Bool // whether an answer had another API version
 	api     string      // the highest API version of the engine, such as "1.41"; unknown: ""
 	oneShot bool        // whether it knows one-shot stats
+	clock   clock
 }
+
+// clock is how far an engine's clock is ahead of ours: between least and most, as the times in
+// its answers tell.
+type clock struct{ least, most time.Duration }
+
+// learn takes in that the engine's time was in [from, to] at some moment in [sent, received].
+func (c *clock) learn(from, to, sent, received time.Time) {
+	// By the wall clock: ours can be set, too.
+	least, most := from.Sub(received.Round(0)), to.Sub(sent.Round(0))
+	both := clock{max(c.least, least), min(c.most, most)}
+	if both.least > both.most || c.most == 0 && c.least == 0 { // one of the clocks was set
+		both = clock{least, most}
+	}
+	*c = both
+}
+
+// at returns the engine's time at a time of ours, or a little earlier.
+func (c *clock) at(ours time.Time) time.Time { return ours.Round(0).Add(c.least) }
+
+// off returns by how much the two clocks differ at least.
+func (c *clock) off() time.Duration { return max(c.least, 0) + min(c.most, 0) }
 
 // newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port, http://,
 // https://, and npipe:// on Windows. timeout bounds each call. Nothing is asked yet.
@@ -252,53 +274,182 @@ func (c *count) UnmarshalJSON(text []byte) error {
 
 // info is the part of an engine's /info that is used.
 type info struct {
-	Name    string // that of its host
-	Running count  `json:"ContainersRunning"`
-	Paused  count  `json:"ContainersPaused"`
-	Stopped count  `json:"ContainersStopped"`
+	Name       string // that of its host
+	NCPU       count
+	MemTotal   count // bytes
+	SystemTime string
+	Running    count `json:"ContainersRunning"`
+	Paused     count `json:"ContainersPaused"`
+	Stopped    count `json:"ContainersStopped"`
 }
 
-// info asks the engine about itself.
+// info asks the engine about itself. It is the dearest call there is: the engine starts other
+// programs for their versions.
 // API: #tag/System/operation/SystemInfo
 func (e *engine) info(ctx context.Context) (info, error) {
 	var body bytes.Buffer
+	sent := time.Now()
 	if _, err := e.get(ctx, "/info", maxStats, &body); err != nil {
 		return info{}, err
 	}
-	var i info
-	if err := json.Unmarshal(body.Bytes(), &i); err != nil {
+	received := time.Now()
+	i, err := decodeLoosely[info](body.Bytes())
+	if err != nil {
 		return info{}, rubbish{fmt.Errorf("/info: %w", err)}
+	}
+	if now, err := time.Parse(time.RFC3339Nano, i.SystemTime); err == nil {
+		e.clock.learn(now, now, sent, received)
 	}
 	return i, nil
 }
 
-// list returns the running containers, paused ones too. It is go-dockerclient's ListContainers
-// with a faster decoder: the list of a thousand containers has a megabyte.
+// listed is the part of an entry in the list of containers that is used.
+type listed struct {
+	ID      string `json:"Id"`
+	Names   []string
+	Image   string
+	Created int64 // Unix seconds
+	Labels  map[string]string
+	State   string // since API 1.23
+	Status  string // such as "Up 2 hours (healthy)"
+	Health  health // since API 1.52, and of Podman 6
+}
+
+type health struct{ Status string }
+
+// list returns the containers that run, paused and restarting ones too, or all of them.
 // API: #tag/Container/operation/ContainerList
-func (e *engine) list(ctx context.Context) ([]docker.APIContainers, error) {
+func (e *engine) list(ctx context.Context, all bool) ([]listed, error) {
 	var body bytes.Buffer
-	if _, err := e.get(ctx, "/containers/json", maxAnswer, &body); err != nil {
+	path := "/containers/json"
+	if all {
+		path += "?all=1"
+	}
+	sent := time.Now()
+	header, err := e.get(ctx, path, maxAnswer, &body)
+	if err != nil {
 		return nil, err
 	}
-	var list []docker.APIContainers
-	if err := fastjson.Unmarshal(body.Bytes(), &list); err != nil {
+	if date, err := http.ParseTime(header.Get("Date")); err == nil { // whole seconds
+		e.clock.learn(date, date.Add(time.Second), sent, time.Now())
+	}
+	list, err := decodeLoosely[[]listed](body.Bytes())
+	if err != nil {
 		return nil, rubbish{fmt.Errorf("the list of containers: %w", err)}
 	}
 	return list, nil
 }
 
-// inspect returns what the engine knows of a container beside its stats.
-// API: #tag/Container/operation/ContainerInspect
-func (e *engine) inspect(ctx context.Context, id string) (*docker.Container, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
-	defer cancel()
-	options := docker.InspectContainerOptions{ID: id, Context: ctx}
-	found, err := e.client.InspectContainerWithOptions(options)
-	return found, plainly(ctx, err)
+// inspected is the part of an answer to inspect that is used.
+type inspected struct {
+	RestartCount count
+	State        struct {
+		Running    bool // true of one that restarts, too
+		Restarting bool // waits to be started again
+		StartedAt  string
+		ExitCode   int
+		Health     health
+	}
+	Config     struct{ Image string }
+	HostConfig struct {
+		NanoCpus   count // 1e-9 CPUs
+		CPUQuota   count `json:"CpuQuota"`  // µs of CPU time in each period
+		CPUPeriod  count `json:"CpuPeriod"` // µs
+		CpusetCpus string
+	}
 }
 
-// origin says which kind of engine an answer is from, if that makes a difference.
-type origin struct{ windows, podman bool }
+// inspect returns what the engine knows of a container beside its stats.
+// API: #tag/Container/operation/ContainerInspect
+func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {
+	var body bytes.Buffer
+	_, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/json", maxStats, &body)
+	if err != nil {
+		return nil, ofContainer(id, err)
+	}
+	found, err := decodeLoosely[inspected](body.Bytes())
+	if err != nil {
+		return nil, rubbish{fmt.Errorf("its inspect answer: %w", err)}
+	}
+	return &found, nil
+}
+
+// ofContainer returns err of a call for one container, where 404 means that it is no more.
+func ofContainer(id string, err error) error {
+	var status *docker.Error
+	if errors.As(err, &status) && status.Status == http.StatusNotFound {
+		return &docker.NoSuchContainer{ID: id}
+	}
+	return err
+}
+
+// decodeLoosely reads JSON. A value of another type than that of its field costs that field: fields
+// that engines and proxies get wrong are many, and encoding/json goes on after one.
+func decodeLoosely[T any](body []byte) (T, error) {
+	var fast, slow T
+	if fastjson.Unmarshal(body, &fast) == nil {
+		return fast, nil
+	}
+	err := json.Unmarshal(body, &slow)
+	var kind *json.UnmarshalTypeError
+	if errors.As(err, &kind) && kind.Type != reflect.TypeFor[T]() {
+		err = nil
+	}
+	return slow, err
+}
+
+// event is the part of one of the engine's events that is used.
+type event struct {
+	Type   string
+	Action string
+	Status string // the Action of engines before API 1.22
+	ID     string `json:"id"` // likewise
+	Actor  struct {
+		ID         string
+		Attributes map[string]string
+	}
+	TimeNano int64 `json:"timeNano"`
+}
+
+// eventFilter asks for what is counted, and for updates. Podman has words of its own.
+const eventFilter = `{"type":["container"],` +
+	`"event":["start","die","died","oom","health_status: unhealthy","update"]}`
+
+// events returns what happened to containers between two times of the engine's, both included.
+// With until in the past, the engine answers at once, from its memory of the last 256 events.
+// API: #tag/System/operation/SystemEvents
+func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, error) {
+	query := url.Values{
+		"since": {unixNano(since)}, "until": {unixNano(until)}, "filters": {eventFilter},
+	}
+	var body bytes.Buffer
+	if _, err := e.get(ctx, "/events?"+query.Encode(), maxAnswer, &body); err != nil {
+		return nil, err
+	}
+	var all []event
+	for lines := json.NewDecoder(&body); ; {
+		var one event
+		err := lines.Decode(&one)
+		var kind *json.UnmarshalTypeError
+		switch {
+		case errors.Is(err, io.EOF):
+			return all, nil
+		case err != nil && !errors.As(err, &kind): // what is of a wrong type costs itself
+			return nil, rubbish{fmt.Errorf("the events: %w", err)}
+		}
+		all = append(all, one)
+	}
+}
+
+// unixNano is t in Unix seconds with a fraction, as the engine reads it.
+func unixNano(t time.Time) string { return fmt.Sprintf("%d.%09d", t.Unix(), t.Nanosecond()) }
+
+// origin says what of an engine makes a difference for the meaning of its answers.
+type origin struct {
+	windows, podman bool
+	cpus            uint64 // the host's, 0 where /info does not tell
+	memory          uint64 // the host's, in bytes, likewise
+}
 
 // stats reads a container's stats answer into body. It asks for one-shot if the engine knows it:
 // else the engine takes two samples, a second apart, for a percentage that is not used here.
@@ -312,12 +463,8 @@ func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
 		query += "&one-shot=true"
 	}
 	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, maxStats, body)
-	var status *docker.Error
-	if errors.As(err, &status) && status.Status == http.StatusNotFound {
-		return from, &docker.NoSuchContainer{ID: id}
-	}
 	if err != nil {
-		return from, err
+		return from, ofContainer(id, err)
 	}
 	// The body has os_type only since API 1.52.
 	from.windows = header.Get("Ostype") == "windows"
@@ -348,7 +495,12 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 		if json.Unmarshal(body.Bytes(), &message) != nil {
 			message.Message = body.String()
 		}
-		return nil, &docker.Error{Status: resp.StatusCode, Message: firstLine(message.Message)}
+		status := &docker.Error{Status: resp.StatusCode, Message: firstLine(message.Message)}
+		if status.Status == http.StatusForbidden {
+			path, _, _ = strings.Cut(path, "?")
+			return nil, forbidden{status, path}
+		}
+		return nil, status
 	}
 	if err != nil {
 		if ctx.Err() != nil {
@@ -365,6 +517,33 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	return resp.Header, nil
 }
 
+// forbidden is the error of a status 403.
+type forbidden struct {
+	status *docker.Error
+	path   string
+}
+
+func (f forbidden) Error() string {
+	return fmt.Sprintf("%s; the engine, or a proxy before it, forbids GET %s", f.status, f.path)
+}
+
+func (f forbidden) Unwrap() error { return f.status }
+
+// isRefusal reports whether err is an answer that will not be another one next time.
+func isRefusal(err error) bool {
+	var status *docker.Error
+	if !errors.As(err, &status) {
+		return false
+	}
+	switch status.Status {
+	case http.StatusRequestTimeout, http.StatusTooManyRequests:
+		return false
+	case http.StatusNotImplemented:
+		return true
+	}
+	return status.Status/100 == 4
+}
+
 // rubbish is the error of an answer that makes no sense.
 type rubbish struct{ error }
 
@@ -372,6 +551,17 @@ func (r rubbish) Unwrap() error { return r.error }
 
 // errStopped says that a container stopped between the list and the stats call.
 var errStopped = errors.New("it stopped while it was asked")
+
+// errRestarting says that a container waits to be started again by its restart policy.
+var errRestarting = errors.New("it waits to be restarted")
+
+// isDoubtful reports whether err, of a stats call, is one that engines also have for a container
+// that does not run: an answer with nothing in it, or such a status.
+func isDoubtful(err error) bool {
+	var status *docker.Error
+	return errors.Is(err, errStopped) ||
+		errors.As(err, &status) && (status.Status == http.StatusConflict || status.Status >= 500)
+}
 
 // isGone reports whether err says that a container does not run any more.
 func isGone(err error) bool {

@@ -237,11 +237,11 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := e.list(ctx); !errors.Is(err, context.Canceled) {
+	if _, err := e.list(ctx, false); !errors.Is(err, context.Canceled) {
 		t.Errorf("after the end: %v", err)
 	}
 	r.On("/containers/json", harness.Hang)
-	if _, err := e.list(t.Context()); err == nil || err.Error() != "no answer within 500ms" {
+	if _, err := e.list(t.Context(), false); err == nil || err.Error() != "no answer within 500ms" {
 		t.Errorf("a list that hangs: %v", err)
 	}
 	r.On("/containers/json", func(w http.ResponseWriter, r *http.Request) {

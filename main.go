@@ -186,9 +186,11 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 func (p *pipeline) sweep(ctx context.Context) sweepResult {
 	start := time.Now()
 	result := p.collector.sweep(ctx)
+	if host := p.collector.hostName(); host != "" && len(result.metrics) > 0 {
+		result.metrics = append(result.metrics, p.queue.own(host, start)...)
+	}
 	if len(result.metrics) > 0 {
-		own := p.queue.own(p.collector.hostName(), start)
-		p.queue.put(append(result.metrics, own...))
+		p.queue.put(result.metrics)
 	}
 	took := time.Since(start)
 	p.service.hasSwept(result, took)

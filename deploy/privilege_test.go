@@ -65,7 +65,7 @@ func TestLiveOnlyReads(t *testing.T) {
 		"--check").CombinedOutput(); err != nil {
 		t.Errorf("--check: %v\n%s", err, text)
 	}
-	for _, path := range []string{"/_ping", "/info", "/containers/json", "/containers/ID/json",
+	for _, path := range []string{"/_ping", "/info", "/events", "/containers/json", "/containers/ID/json",
 		"/containers/ID/stats"} {
 		if !seen[path] {
 			t.Errorf("%s was not asked for, and is let through for nothing", path)
@@ -116,7 +116,8 @@ func TestLiveBehindAProxy(t *testing.T) {
 	lines, err := exec.Command(harness.Program, "--docker=unix://"+socket, "--once").Output()
 	if err != nil || !strings.Contains(string(lines), ".seen.memory.usage ") ||
 		!strings.Contains(string(lines), ".seen.uptime ") ||
-		!strings.Contains(string(lines), ".containers.running ") {
+		!strings.Contains(string(lines), ".containers.running ") ||
+		!strings.Contains(string(lines), ".events.oom 0 ") {
 		t.Errorf("%v\n%s", err, lines)
 	}
 

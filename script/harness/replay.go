@@ -139,6 +139,7 @@ func (r *Replay) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		override(w, req)
 	case path == "/_ping":
 		w.Write([]byte("OK"))
+	case path == "/events": // nothing has happened
 	default:
 		body, err := os.ReadFile(filepath.Join(r.dir, file))
 		if file == "" || err != nil { // fx-web is in the lists, but its stats were not recorded
@@ -155,7 +156,10 @@ func (r *Replay) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 func (r *Replay) find(req *http.Request) (path, file string) {
 	path = req.URL.Path
 	m := containerPath.FindStringSubmatch(path)
-	if m == nil {
+	switch {
+	case path == "/containers/json" && req.URL.Query().Get("all") == "1":
+		return path, "containers-all.json"
+	case m == nil:
 		return path, map[string]string{"/containers/json": "containers.json", "/info": "info.json"}[path]
 	}
 	name := r.name[m[1]]
@@ -203,6 +207,7 @@ func Crowd(t testing.TB, n int, takes time.Duration) (address string) {
 		switch path := r.URL.Path; {
 		case path == "/_ping":
 			io.WriteString(w, "OK")
+		case path == "/events":
 		case path == "/info":
 			w.Write(info)
 		case path == "/containers/json":

@@ -1,0 +1,153 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+)
+
+// events counts what happened to containers between two polls, also to those that were there
+// between two polls only.
+type events struct {
+	log *slog.Logger
+
+	started, ended, failed, killed, unhealthy count
+
+	until   time.Time  // up to when the engine was asked, by its clock
+	asked   time.Time  // when that was, by ours
+	seen    []eventKey // the last ones, oldest first
+	trouble string     // the last trouble that was logged
+}
+
+// eventKey tells one event from all others.
+type eventKey struct {
+	id, action string
+	at         int64 // Unix ns
+}
+
+const (
+	// overlap is how much of what was asked for is asked for again: an event can come into the
+	// engine's memory a little after its time.
+	overlap = 2 * time.Second
+	// memory of events. The engine's has 256, so none is taken for new that is still in there.
+	maxSeen = 1024
+)
+
+// poll asks for what happened since the last time. It returns the ids of containers that are not
+// as they were: started, or given other limits.
+func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
+	now := time.Now()
+	until := e.clock.at(now)
+	first := es.until.IsZero()
+	since := until
+	if !first {
+		// The engine's clock may have been set back since the last time.
+		since = until.Add(-now.Sub(es.asked))
+		if es.until.Before(since) {
+			since = es.until
+		}
+	}
+	// Nothing is worth waiting for: what does not come now comes with the next poll.
+	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout/4, noAnswer(e.timeout/4))
+	defer cancel()
+	all, err := e.events(ctx, since.Add(-overlap), until)
+	es.report(err)
+	switch {
+	case isRefusal(err):
+		log := es.log
+		*es = events{log: log, trouble: es.trouble}
+		return nil
+	case first: // what was before is not counted, but zeros are sent from the beginning
+		for _, counter := range es.counters() {
+			*counter.count = counted(0)
+		}
+	case err != nil:
+		return nil
+	}
+	es.until, es.asked = until, now
+	for i := range all {
+		if id := es.take(&all[i], !first); id != "" {
+			changed = append(changed, id)
+		}
+	}
+	es.seen = slices.Delete(es.seen, 0, max(len(es.seen)-maxSeen, 0))
+	return changed
+}
+
+// take counts an event that was not seen before. It returns the id of a container that has
+// changed, else "".
+func (es *events) take(one *event, counts bool) (changed string) {
+	action := cmp.Or(one.Action, one.Status)
+	key := eventKey{cmp.Or(one.Actor.ID, one.ID), action, one.TimeNano}
+	if one.Type != "" && one.Type != "container" || slices.Contains(es.seen, key) {
+		return ""
+	}
+	es.seen = append(es.seen, key)
+	if !counts {
+		return ""
+	}
+	switch action {
+	case "start":
+		es.started.n++
+		return key.id
+	case "update":
+		return key.id
+	case "die", "died":
+		es.ended.n++
+		attributes := one.Actor.Attributes
+		if code := cmp.Or(attributes["exitCode"], attributes["containerExitCode"]); code != "" &&
+			code != "0" {
+			es.failed.n++
+		}
+	case "oom":
+		es.killed.n++
+	default:
+		if strings.HasPrefix(action, "health_status") && strings.HasSuffix(action, "unhealthy") {
+			es.unhealthy.n++
+		}
+	}
+	return ""
+}
+
+// report logs why there are no events, if that is news.
+func (es *events) report(err error) {
+	text := errorText(err)
+	if text == es.trouble || errors.Is(err, context.Canceled) {
+		return
+	}
+	es.trouble = text
+	switch {
+	case isRefusal(err):
+		es.log.Warn("the Docker engine's events are refused: no figures of what happens between "+
+			"two polls", "error", text)
+	case err != nil:
+		es.log.Warn("the Docker engine does not tell its events, asking again at the next poll",
+			"error", text)
+	}
+}
+
+type eventCounter struct {
+	name string
+	*count
+}
+
+func (es *events) counters() [5]eventCounter {
+	return [...]eventCounter{
+		{".events.start", &es.started},
+		{".events.die", &es.ended},
+		{".events.die_nonzero", &es.failed},
+		{".events.oom", &es.killed},
+		{".events.unhealthy", &es.unhealthy},
+	}
+}
+
+// flatten adds what was counted since the start; nothing where events are refused.
+func (es *events) flatten(f *flattener) {
+	for _, counter := range es.counters() {
+		f.add(counter.name, *counter.count)
+	}
+}
