@@ -34,7 +34,7 @@ func main() {
 		return
 	case err != nil:
 		fmt.Fprintf(os.Stderr, "%s: %s\n", program, oneLine(err.Error()))
-		os.Exit(2)
+		os.Exit(64) // EX_USAGE of sysexits.h; a Go program that crashes exits with 2
 	case opts.version:
 		fmt.Println(program, version())
 		return

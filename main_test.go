@@ -229,7 +229,7 @@ func TestManPageSaysTheSame(t *testing.T) {
 
 	statuses, _ := entries("EXIT STATUS")
 	if want := append([]string{"0"},
-		harness.AllOf(`os\.Exit\((\d)\)`,
+		harness.AllOf(`os\.Exit\((\d+)\)`,
 			harness.ReadFile(t, "main.go"))...); !slices.Equal(statuses, want) {
 		t.Errorf("it has the exit statuses %q, the code has %q", statuses, want)
 	}

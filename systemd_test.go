@@ -10,7 +10,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -173,5 +175,34 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 		if out, err := verify.CombinedOutput(); err != nil || strings.Contains(string(out), program) {
 			t.Errorf("%s: %v\n%s", name, err, out)
 		}
+	}
+}
+
+// A mistake in the options ends it for good. A crash, for which Go has the status 2, does not.
+func TestUnitRestartsWhatCrashed(t *testing.T) {
+	final := harness.AllOf(`(?m)^RestartPreventExitStatus=(.*)$`,
+		harness.ReadFile(t, "deploy/docker-stats-to-backstop.service"))
+	status := func(daemon *exec.Cmd) string {
+		t.Helper()
+		_ = daemon.Wait()
+		return fmt.Sprint(daemon.ProcessState.ExitCode())
+	}
+	mistaken := exec.Command(program, "--poll=never")
+	harness.Must(t, mistaken.Start())
+	if got := status(mistaken); !slices.Equal(final, []string{got}) {
+		t.Errorf("a mistake has the status %s, the unit does not restart after %q", got, final)
+	}
+
+	engine := harness.NewReplay(t, "cgroup2")
+	crashing := exec.Command(program, "--docker="+engine.URL, "--poll=1h")
+	out, err := crashing.StdoutPipe()
+	harness.Must(t, err)
+	harness.Must(t, crashing.Start())
+	if _, err := out.Read(make([]byte, 1)); err != nil { // its first metric
+		t.Fatal(err)
+	}
+	harness.Must(t, crashing.Process.Signal(syscall.SIGQUIT)) // Go's runtime takes that for a crash
+	if got := status(crashing); got != "2" || slices.Contains(final, got) {
+		t.Errorf("a crash has the status %s, the unit does not restart after %q", got, final)
 	}
 }
