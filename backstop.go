@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -186,28 +185,13 @@ func (b *backstop) request(ctx context.Context, body []byte) error {
 		b.asked = time.Now()
 		return nil
 	}
-	line := firstLine(b.withoutSecrets(string(start)))
+	line := firstLine(string(start))
 	return &refusal{
 		status:     resp.StatusCode,
 		line:       line,
 		hint:       hint(resp, line),
 		retryAfter: retryAfter(resp.Header.Get("Retry-After"), time.Now()),
 	}
-}
-
-// withoutSecrets masks the credentials in an answer that repeats them.
-func (b *backstop) withoutSecrets(text string) string {
-	if b.auth == nil {
-		return text
-	}
-	password, _ := b.auth.Password()
-	token := base64.StdEncoding.EncodeToString([]byte(b.auth.Username() + ":" + password))
-	for _, secret := range []string{token, password} {
-		if secret != "" {
-			text = strings.ReplaceAll(text, secret, "xxxxx")
-		}
-	}
-	return text
 }
 
 // refusal is an answer of Backstop, or of what stands before it, other than 2xx.
@@ -284,7 +268,7 @@ func hint(resp *http.Response, line string) string {
 	}
 	if resp.StatusCode/100 == 3 {
 		if to, err := resp.Location(); err == nil {
-			return "set --backstop to the address that it redirects to: " + withoutUser(to)
+			return "set --backstop to the address that it redirects to: " + fit(withoutUser(to), maxForeign)
 		}
 	}
 	return ""

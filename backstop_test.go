@@ -73,6 +73,7 @@ func TestPostKeepsItsConnection(t *testing.T) {
 
 func TestPostFailures(t *testing.T) {
 	s := harness.NewStandIn(t)
+	knowSecretsOf(t, s.At("user:password", ""))
 	moved := func(status int) http.HandlerFunc {
 		return func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://user:password@elsewhere/publish/docker?key=secret", status)
@@ -93,7 +94,7 @@ func TestPostFailures(t *testing.T) {
 		{"too large", "/publish/docker", harness.AnswerWith(413, ""), halveIt, `^answer 413 Request Entity Too Large$`},
 		{"slow down", "/publish/docker", harness.AnswerWith(429, ""), tryAgain, `^answer 429 Too Many Requests$`},
 		{"stalled", "/publish/docker", harness.AnswerWith(408, ""), tryAgain, `^answer 408 Request Timeout$`},
-		{"carbon is down", "/publish/docker", harness.AnswerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), tryAgain, `^answer 500 Internal Server Error: <h1>Errno::ECONNREFUSED</h1>$`},
+		{"carbon is down", "/publish/docker", harness.AnswerWith(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+strings.Repeat("x", 140<<10)), tryAgain, `^answer 500 Internal Server Error: <h1> Errno::ECONNREFUSED</h1>$`},
 		{"no content", "/publish/docker", harness.AnswerWith(304, ""), mendIt, `^answer 304 Not Modified$`},
 		{"moved", "/publish/docker", moved(301), mendIt, `^answer 301 Moved Permanently; set --backstop to the address that it redirects to: http://elsewhere/publish/docker$`},
 		{"moved, method kept", "/publish/docker", moved(307), mendIt, `^answer 307 Temporary Redirect; set --backstop to the address`},

@@ -547,6 +547,8 @@ func isRefusal(err error) bool {
 // rubbish is the error of an answer that makes no sense.
 type rubbish struct{ error }
 
+func (r rubbish) Error() string { return theirs(r.error) }
+
 func (r rubbish) Unwrap() error { return r.error }
 
 // errStopped says that a container stopped between the list and the stats call.

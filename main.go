@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -33,13 +34,17 @@ func main() {
 		fmt.Print(usage())
 		return
 	case err != nil:
-		fmt.Fprintf(os.Stderr, "%s: %s\n", program, oneLine(err.Error()))
+		text := err.Error() // the user's own, and not cut
+		fmt.Fprintf(os.Stderr, "%s: %s\n", program, fit(text, len(text)))
 		os.Exit(64) // EX_USAGE of sysexits.h; a Go program that crashes exits with 2
 	case opts.version:
 		fmt.Println(program, version())
 		return
 	}
-	if err := run(opts, newLogger(os.Stderr, opts)); err != nil {
+	logger := newLogger(os.Stderr, opts)
+	log.SetFlags(0)
+	log.SetOutput(complaints{logger})
+	if err := run(opts, logger); err != nil {
 		os.Exit(1) // the log says why
 	}
 }
@@ -68,20 +73,46 @@ func newLogger(w io.Writer, opts *options) *slog.Logger {
 	if opts.verbose {
 		handling.Level = slog.LevelDebug
 	}
-	if inJournal, _ := journal.StderrIsJournalStream(); inJournal {
-		handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-			if a.Key == slog.TimeKey && len(groups) == 0 {
-				return slog.Attr{} // the journal has its own
-			}
-			return a
+	inJournal, _ := journal.StderrIsJournalStream()
+	handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+		switch {
+		case len(groups) > 0:
+			return fitAttr(a)
+		case a.Key == slog.TimeKey && inJournal:
+			return slog.Attr{} // the journal has its own
+		case a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey:
+			return a // our own words
 		}
+		return fitAttr(a)
 	}
 	return slog.New(slog.NewTextHandler(w, handling))
+}
+
+// fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
+func fitAttr(a slog.Attr) slog.Attr {
+	most := maxForeign
+	switch a.Key {
+	case "error", "such_as", "spool": // with our own words
+		most = maxShown
+	}
+	if kind := a.Value.Kind(); kind == slog.KindString || kind == slog.KindAny {
+		return slog.String(a.Key, fit(a.Value.String(), most))
+	}
+	return a
+}
+
+// complaints logs what net/http has to say, which goes to the log package.
+type complaints struct{ log *slog.Logger }
+
+func (c complaints) Write(text []byte) (int, error) {
+	c.log.Debug("net/http complains", "text", firstLine(string(text)))
+	return len(text), nil
 }
 
 // run does what opts ask for, until it is done or a signal ends it. If it returns an error, the
 // log has it.
 func run(opts *options, log *slog.Logger) error {
+	signal.Ignore(syscall.SIGHUP) // the end of a terminal is not ours
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfRules(log)

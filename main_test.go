@@ -1,14 +1,22 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"html"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -402,6 +410,276 @@ func TestWhatMayBeSecretIsNotShown(t *testing.T) {
 	} {
 		if got := shown(text); got != want {
 			t.Errorf("%q is shown as %s", text, got)
+		}
+	}
+}
+
+// knowSecretsOf is what parseOptions does with an address, for the time of a test.
+func knowSecretsOf(t *testing.T, address string) {
+	t.Helper()
+	secrets.addFrom(address)
+	t.Cleanup(func() { secrets = nil })
+}
+
+// hostile is a server of raw bytes: whatever it is sent, it answers with what answer returns.
+func hostile(t *testing.T, answer func(request string) string) (address string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	harness.Must(t, err)
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		for {
+			conn, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				request, err := http.ReadRequest(bufio.NewReader(conn))
+				if err != nil {
+					return
+				}
+				io.Copy(io.Discard, request.Body)
+				text, _ := httputil.DumpRequest(request, false)
+				io.WriteString(conn, answer(string(text)))
+			}()
+		}
+	}()
+	return listener.Addr().String()
+}
+
+// credentials are hard to hide: each of their characters is escaped somewhere.
+const (
+	hardUser     = "mon&tor"
+	hardPassword = `p@ss"w<rd/%+?ü\~>~?`
+)
+
+// encodings are the ways to write a text that others have been seen to use, and some more.
+func encodings(text string) map[string]string {
+	each := func(format string) string {
+		var b strings.Builder
+		for _, c := range []byte(text) {
+			fmt.Fprintf(&b, format, c)
+		}
+		return b.String()
+	}
+	inJSON, _ := json.Marshal(text)
+	var runes strings.Builder
+	for _, r := range text {
+		fmt.Fprintf(&runes, "&#%d;", r)
+	}
+	return map[string]string{
+		"plain":                     text,
+		"base64":                    base64.StdEncoding.EncodeToString([]byte(text)),
+		"base64 unpadded":           base64.RawStdEncoding.EncodeToString([]byte(text)),
+		"base64 of URLs":            base64.URLEncoding.EncodeToString([]byte(text)),
+		"base64 of URLs, unpadded":  base64.RawURLEncoding.EncodeToString([]byte(text)),
+		"base64 in a query":         url.QueryEscape(base64.StdEncoding.EncodeToString([]byte(text))),
+		"URL":                       url.PathEscape(text),
+		"query":                     url.QueryEscape(text),
+		"URL, twice":                url.PathEscape(url.PathEscape(text)),
+		"URL, each byte":            each("%%%02X"),
+		"URL, each byte, lowercase": each("%%%02x"),
+		"HTML":                      html.EscapeString(text),
+		"HTML, each rune":           runes.String(),
+		"Go":                        strings.Trim(strconv.Quote(text), `"`),
+		"Go, ASCII":                 strings.Trim(strconv.QuoteToASCII(text), `"`),
+		"Go, each byte":             each(`\x%02x`),
+		"JSON":                      strings.Trim(string(inJSON), `"`),
+		"NUL bytes":                 strings.Join(strings.Split(text, ""), "\x00"),
+		"cut":                       strings.Repeat("x", maxForeign-len(text)/2) + text,
+		"cut before":                strings.Repeat("x ", maxRead/2-len(text)/4) + text,
+	}
+}
+
+// reveals reports what of the credentials can be read out of a text. It knows nothing of how they
+// are masked.
+func reveals(text string) string {
+	plain := func(text string) []string {
+		seen := []string{text}
+		for range 3 { // slog quotes what was quoted before
+			text = strings.Map(func(r rune) rune {
+				if r < ' ' {
+					return -1
+				}
+				return r
+			}, text)
+			text = html.UnescapeString(text)
+			text = regexp.MustCompile(`\\(x[0-9a-f]{2}|u[0-9a-f]{4}|.)`).ReplaceAllStringFunc(text,
+				func(escape string) string {
+					if r, _, _, err := strconv.UnquoteChar(escape, '"'); err == nil {
+						return string(r)
+					}
+					return escape
+				})
+			seen = append(seen, text)
+			text = regexp.MustCompile(`%[0-9A-Fa-f]{2}`).ReplaceAllStringFunc(text,
+				func(escape string) string {
+					unescaped, _ := url.PathUnescape(escape)
+					return unescaped
+				})
+			seen = append(seen, text)
+		}
+		return seen
+	}
+	both := hardUser + ":" + hardPassword
+	for _, seen := range plain(text) {
+		for _, secret := range []string{hardPassword,
+			base64.RawStdEncoding.EncodeToString([]byte(both)),
+			base64.RawURLEncoding.EncodeToString([]byte(both)),
+			base64.RawStdEncoding.EncodeToString([]byte(hardPassword)),
+			base64.RawURLEncoding.EncodeToString([]byte(hardPassword))} {
+			if part := secret[:5]; strings.Contains(seen, part) {
+				return part
+			}
+		}
+	}
+	return ""
+}
+
+// repetitions are answers that repeat what the client has sent, or knows.
+var repetitions = map[string]string{
+	"response":             "%s\r\n\r\n",
+	"protocol":             "HTTP/%s 200 OK\r\n\r\n",
+	"status":               "HTTP/1.1 %s\r\n\r\n",
+	"reason":               "HTTP/1.1 500 %s\r\nContent-Length: 0\r\n\r\n",
+	"header without colon": "HTTP/1.1 200 OK\r\n%s\r\n\r\n",
+	"header with blanks":   "HTTP/1.1 200 OK\r\nX %s: x\r\n\r\n",
+	"continued header":     "HTTP/1.1 200 OK\r\n x\r\n %s\r\n\r\n",
+	"location":             "HTTP/1.1 302 Found\r\nLocation: http://h/%s\r\nContent-Length: 0\r\n\r\n",
+	"location's host":      "HTTP/1.1 302 Found\r\nLocation: //%s/\r\nContent-Length: 0\r\n\r\n",
+	"content length":       "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n",
+	"transfer encoding":    "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n",
+	"chunk":                "HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
+	"retry after":          "HTTP/1.1 503 No\r\nRetry-After: %s\r\nContent-Length: 0\r\n\r\n",
+	"engine":               "HTTP/1.1 200 OK\r\nServer: %s\r\nApi-Version: %[1]s\r\n\r\n{}",
+	"body":                 "HTTP/1.1 500 No\r\n\r\n%s",
+	"body in a tag":        "HTTP/1.1 401 No\r\n\r\n<p>\n\t%s</p>",
+	"message":              "HTTP/1.1 500 No\r\n\r\n{\"message\":\"%s\"}",
+	"JSON":                 "HTTP/1.1 200 OK\r\n\r\n[{\"Id\":\"%s\"},{\"Id\":7}]",
+	"name":                 "HTTP/1.1 200 OK\r\n\r\n[{\"Id\":\"%s\",\"Names\":[\"/%[1]s\"]}]",
+	"number":               "HTTP/1.1 200 OK\r\n\r\n{\"Containers\":\"%s\",\"ContainersRunning\":\"x\"}",
+}
+
+// What is logged, at any level, and said to systemd shows no credentials, whatever others repeat.
+func TestCredentialsAreShownNowhere(t *testing.T) {
+	user := url.UserPassword(hardUser, hardPassword).String()
+	knowSecretsOf(t, "http://"+user+"@h/publish/docker")
+	said, shown := "", 0
+	address := hostile(t, func(string) string { return said })
+	both := hardUser + ":" + hardPassword
+	for how, encoded := range encodings(both) {
+		for place, answer := range repetitions {
+			for _, text := range []string{encoded, encodings(hardPassword)[how]} {
+				said = fmt.Sprintf(answer, text)
+				var out bytes.Buffer
+				logger := newLogger(&out, &options{verbose: true})
+				b := mustBackstop(t, "http://"+user+"@"+address+"/publish/docker")
+				b.leadAfter, b.leadPause = time.Hour, 0
+				b.asked = time.Now()
+				st, err := newStore(newQueue(1<<20, logger), nil)
+				harness.Must(t, err)
+				d := newDelivery(destination{"Backstop", b.post}, st, logger)
+				d.queue.put([]metric{{"", "web.a", whole(1), 1795409680}})
+				d.queue.close()
+				_ = d.deliver(t.Context())
+				e, err := newEngine("http://"+user+"@"+address, time.Minute)
+				harness.Must(t, err)
+				c := newCollector(e, nil, logger)
+				c.flow.limit = 1
+				s := &service{queue: d.queue, send: func(state string) {
+					out.WriteString(state + "\n")
+				}}
+				s.hasSwept(c.sweep(t.Context()), 0)
+				s.hasSwept(c.sweep(t.Context()), 0)
+				b.closeIdle()
+				if part := reveals(out.String()); part != "" {
+					t.Errorf("%s in %s is shown, %q of it:\n%s", how, place, part, out.String())
+				}
+				shown += strings.Count(out.String(), mask)
+				for line := range strings.Lines(out.String()) {
+					if len(line) > 2*maxShown {
+						t.Errorf("%s in %s makes a line of %d bytes", how, place, len(line))
+					}
+				}
+			}
+		}
+	}
+	if shown < 500 { // else this tests nothing
+		t.Errorf("only %d times something is hidden", shown)
+	}
+}
+
+// The daemon itself, whose Backstop and engine repeat all that they are sent.
+func TestDaemonShowsNoCredentials(t *testing.T) {
+	echo := func(request string) string {
+		header := regexp.MustCompile(`(?i)authorization: (.*)`).FindStringSubmatch(request)
+		if len(header) == 0 {
+			return "HTTP/1.1 500 No\r\n\r\nno credentials"
+		}
+		return "HTTP/1.1 500 No\r\n\r\nas sent: " + header[1] + " " + hardPassword
+	}
+	user := url.UserPassword(hardUser, hardPassword).String()
+	for name, args := range map[string][]string{
+		"Backstop": {"--docker=" + harness.NewReplay(t, "cgroup2").URL,
+			"--backstop=http://" + user + "@" + hostile(t, echo) + "/publish/docker"},
+		"engine": {"--docker=http://" + user + "@" + hostile(t, echo)},
+	} {
+		for _, more := range []string{"--once", "--check"} {
+			out, _ := exec.Command(program, append(args, more, "--verbose")...).CombinedOutput()
+			if part := reveals(string(out)); part != "" {
+				t.Errorf("%q of the credentials of the %s:\n%s", part, name, out)
+			}
+			isAsked := more == "--once" || name == "engine"
+			if isAsked && !strings.Contains(string(out), "as sent: Basic "+mask) {
+				t.Errorf("the %s was sent no credentials:\n%s", name, out)
+			}
+		}
+	}
+}
+
+// A password of up to three letters is a part of many words: it is hidden only beside its user.
+func TestShortPasswordsAreHiddenBesideTheirUser(t *testing.T) {
+	knowSecretsOf(t, "http://user:abc@h/publish/docker?token=a&key=hidden")
+	knowSecretsOf(t, "unix:///run/me:here@work/docker.sock")
+	for text, want := range map[string]string{
+		"abcdef, user":           "abcdef, user",
+		"user:abc":               mask,
+		"user:abcd dXNlcjphYmM=": mask + "d " + mask,
+		"key=hidden":             "key=" + mask,
+		"me:here":                "me:here",
+	} {
+		if got := fit(text, maxForeign); got != want {
+			t.Errorf("%q is shown as %q, want %q", text, got, want)
+		}
+	}
+	secrets = nil
+	secrets.addFrom("http://token@h/publish/docker")
+	if got := fit("token dG9rZW46", maxForeign); got != mask+" "+mask {
+		t.Errorf("a token is shown: %q", got)
+	}
+}
+
+// A file that is named by mistake has a secret in it, most likely.
+func TestFilesAreNotShown(t *testing.T) {
+	t.Cleanup(func() { secrets = nil })
+	for _, opt := range new(options).table() {
+		for _, content := range []string{"hidden", "user:hidden", "http://user:hidden@h", "hidden:x",
+			`{"hidden":1}`, `"hidden"`, `{"regexp":"hidden("}`, "core,hidden", "@hidden", "hidden://h",
+			"[{hidden", "-1\nhidden\n", `{"regexp":"x","into":"hidden","from":"hidden"}`} {
+			isAny := opt.name == "spool" || opt.name == "host" // those take any text
+			if opt.variable() == "" || isAny && !strings.Contains(content, "://") {
+				continue
+			}
+			path := filepath.Join(t.TempDir(), "file")
+			harness.Must(t, os.WriteFile(path, []byte(content), 0o600))
+			t.Setenv(opt.variable()+"_FILE", path)
+			_, err := parseOptions(nil)
+			isGood := opt.name == "docker" && strings.HasPrefix(content, "http://")
+			if !isGood && (err == nil || strings.Contains(err.Error(), "hidden")) {
+				t.Errorf("%s_FILE with %s: %v", opt.variable(), content, err)
+			}
+			os.Unsetenv(opt.variable() + "_FILE")
 		}
 	}
 }

@@ -73,6 +73,8 @@ type option struct {
 	fallback string // the value if none is given
 	origin   string // the variable of others that fallback may come from
 	flagOnly bool   // whether no variable sets it
+	address  bool   // whether the value may have credentials in it
+	discreet bool   // whether errors of set show nothing of the value
 	order    int    // options with a lower order are parsed first
 	help     string // each line as --help prints it; %s stands for fallback
 	set      func(text string) error
@@ -82,12 +84,13 @@ type option struct {
 func (o *options) table() []option {
 	state, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd may list several
 	return []option{
-		{name: "backstop", value: "URL", fallback: "-", set: into(&o.backstop, parseReceiver),
+		{name: "backstop", value: "URL", fallback: "-", address: true, discreet: true,
+			set: into(&o.backstop, parseReceiver),
 			help: "where to send to: an http or https URL, with user:password@\n" +
 				"for Basic authentication; - prints the metrics as Carbon\n" +
 				"plaintext lines instead (default: %s)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
-			origin: "DOCKER_HOST", order: 1, set: into(&o.engine, o.parseEngine), // after --poll
+			origin: "DOCKER_HOST", address: true, order: 1, set: into(&o.engine, o.parseEngine), // after --poll
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
 				"https://, on Windows npipe:// too; DOCKER_TLS_VERIFY and\n" +
 				"DOCKER_CERT_PATH are read as the docker command reads them\n" +
@@ -102,7 +105,7 @@ func (o *options) table() []option {
 				"comes out (default: the name as it is)"},
 		{name: "poll", value: "DURATION", fallback: "60s", set: into(&o.poll, parsePoll),
 			help: "how often, such as 10s, 1m or 1m30s (default: %s)"},
-		{name: "host", value: "NAME", set: into(&o.host, asItIs),
+		{name: "host", value: "NAME", set: into(&o.host, parseHost),
 			help: "the prefix of this host's own metrics\n(default: the engine's name for its host)"},
 		{name: "per", value: "LIST", set: into(&o.per, parseDetails),
 			help: "finer series as well: core, interface, device, or several of\n" +
@@ -181,10 +184,16 @@ func parseOptions(args []string) (*options, error) {
 		if text == "" {
 			continue
 		}
+		if opt.address {
+			secrets.addFrom(text)
+		}
 		err = opt.set(text)
+		isFile := from != "" && from == opt.variable()+"_FILE"
 		switch {
 		case err != nil && opt.value == "":
 			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from)
+		case err != nil && isFile && !opt.discreet:
+			return nil, opt.unfitFile(from)
 		case err != nil:
 			return nil, fmt.Errorf("%s: %w", from, err)
 		case o.version:
@@ -192,6 +201,17 @@ func parseOptions(args []string) (*options, error) {
 		}
 	}
 	return o, nil
+}
+
+// unfitFile is the error of a file that does not have the option's value. It may be another one
+// than was meant, with a secret in it, so nothing of it is shown.
+func (opt *option) unfitFile(variable string) error {
+	more := "see --help"
+	if opt.name == "prefix" {
+		more = "--prefix=@FILE says what is wrong"
+	}
+	return fmt.Errorf("%s: what %s has in it is not shown, and does not do for --%s; %s",
+		variable, shown(os.Getenv(variable)), opt.name, more)
 }
 
 // parseFlags returns the options on the command line by name, with their unparsed values.
@@ -332,7 +352,13 @@ func parsePoll(text string) (time.Duration, error) {
 	return poll, nil
 }
 
-func asItIs(text string) (string, error) { return text, nil }
+// parseHost takes any name, but for an address, which is taken from the wrong place.
+func parseHost(text string) (string, error) {
+	if strings.Contains(text, "@") || strings.Contains(text, "://") {
+		return "", fmt.Errorf("%s is not the name of a host", shown(text))
+	}
+	return text, nil
+}
 
 // parseSpool returns the absolute path of a folder that can be a spool.
 func parseSpool(text string) (string, error) {

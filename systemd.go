@@ -71,7 +71,7 @@ func (s *service) hasSwept(result sweepResult, took time.Duration) {
 func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if status := s.swept + "; queue: " + s.queue.describe(); status != s.status {
+	if status := fit(s.swept+"; queue: "+s.queue.describe(), maxShown); status != s.status {
 		s.status = status
 		s.send("STATUS=" + status)
 	}

@@ -2,52 +2,90 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"io/fs"
 	"net"
 	"net/url"
 	"os"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	docker "github.com/fsouza/go-dockerclient"
 )
 
 const program = "docker-stats-to-backstop"
 
-// What others say, fit for a log line or an error: one line, no secrets, and the same text for the
-// same trouble.
+// What others say, fit for a log line or an error: one line, bounded, no secrets, and the same text
+// for the same trouble.
+
+// Bounds of what is shown, in bytes.
+const (
+	maxForeign = 200      // of a text of others
+	maxShown   = 1 << 10  // of a text with such texts in it
+	maxRead    = 16 << 10 // of what is read to find the above
+)
+
+// fit makes one line of text, of most bytes at most: without secrets and without what is not
+// printable.
+func fit(text string, most int) string {
+	var b strings.Builder
+	blank := false
+	for _, r := range secrets.hide(text, max(maxRead, most)) {
+		switch {
+		case b.Len() >= most:
+			return cutTo(b.String(), most)
+		case unicode.IsSpace(r):
+			blank = b.Len() > 0
+		case !isJunk(r):
+			if blank {
+				b.WriteByte(' ')
+			}
+			b.WriteRune(r)
+			blank = false
+		}
+	}
+	return cutTo(b.String(), most)
+}
+
+// cutTo returns the first bytes of text, but no part of a rune.
+func cutTo(text string, most int) string {
+	return strings.ToValidUTF8(text[:min(len(text), most)], "")
+}
+
+// isJunk reports whether a rune can be left out.
+func isJunk(r rune) bool { return !unicode.IsPrint(r) || r == utf8.RuneError }
+
+// firstLine returns the first line of text that is not blank, fit for a log.
+func firstLine(text string) string {
+	for line := range strings.Lines(secrets.hide(text, maxRead)) {
+		if line = fit(line, maxForeign); line != "" {
+			return line
+		}
+	}
+	return ""
+}
 
 // oneLine makes one line of text.
 func oneLine(text string) string {
 	return strings.Join(strings.Fields(text), " ")
 }
 
-// firstLine returns the first line of text that is not blank, at most 200 bytes of it, without
-// control characters.
-func firstLine(text string) string {
-	for line := range strings.Lines(text) {
-		if line = strings.TrimSpace(line); line != "" {
-			line = strings.Map(func(r rune) rune {
-				if r < ' ' || r == 0x7f {
-					return -1
-				}
-				return r
-			}, line)
-			return strings.ToValidUTF8(line[:min(len(line), 200)], "")
-		}
-	}
-	return ""
-}
-
-// errorText is err in one line, "" if it is nil.
+// errorText is err in one line that is fit for a log, "" if it is nil.
 func errorText(err error) string {
 	if err == nil {
 		return ""
 	}
-	return oneLine(err.Error())
+	return fit(err.Error(), maxShown)
 }
 
 // plainly returns why ctx ended, if it did. Else it returns err without what a reader does not
@@ -67,19 +105,246 @@ func plainly(ctx context.Context, err error) error {
 	if errors.As(err, &inURL) {
 		err = inURL.Err
 	}
-	return stable(err)
+	var op *net.OpError
+	if errors.As(err, &op) {
+		err = op // what net/http puts before it differs from time to time
+	}
+	return &foreign{err, theirs(err)}
 }
 
-// stable returns err without the port at our end. The port is new with each connection, but the
-// log shows only trouble that is new.
-func stable(err error) error {
-	var op *net.OpError
-	if errors.As(err, &op) && op.Source != nil {
-		same := *op
-		same.Source = nil
-		return &same
+// foreign is an error of others with a text that is fit for a log.
+type foreign struct {
+	error
+	text string
+}
+
+func (f *foreign) Error() string { return f.text }
+
+func (f *foreign) Unwrap() error { return f.error }
+
+// ourPort matches our end of a connection. Its port is new with each connection, but the log shows
+// only trouble that is new.
+var ourPort = regexp.MustCompile(`(\S+:\d+|@)->`)
+
+// theirs returns the text of an error of others, fit for a log.
+func theirs(err error) string {
+	return fit(ourPort.ReplaceAllString(fit(err.Error(), maxRead), ""), maxForeign)
+}
+
+// mask stands for a secret.
+const mask = "xxxxx"
+
+// minSecret is the length of the shortest secret that is masked, in bytes: a password of three
+// letters would mask a part of many words, and tell itself by that. With its user before it, or in
+// Base64, it is longer.
+const minSecret = 4
+
+// telling is how many bytes of a longer secret are as good as the whole.
+const telling = 12
+
+// secretTexts are texts that fit hides, however they are spelled.
+type secretTexts []string
+
+// secrets are the credentials of --backstop and --docker, which the other side may repeat. They are
+// set before anything is asked or logged.
+var secrets secretTexts
+
+// addFrom adds the credentials in an address, in each form that is sent.
+func (ss *secretTexts) addFrom(address string) {
+	if strings.HasPrefix(address, "unix:") || strings.HasPrefix(address, "npipe:") {
+		return // a path may have an @
 	}
-	return err
+	address, query, _ := strings.Cut(address, "?")
+	values, _ := url.ParseQuery(query)
+	for _, list := range values {
+		ss.add(list...)
+	}
+	if _, rest, found := strings.Cut(address, "//"); found {
+		address = rest
+	}
+	raw := address[:max(strings.LastIndex(address, "@"), 0)]
+	plain, err := url.PathUnescape(raw)
+	if err != nil {
+		plain = raw
+	}
+	for _, user := range []string{raw, plain} {
+		name, password, found := strings.Cut(user, ":")
+		if !found {
+			password, user = name, user+":" // a token; with the colon it is sent
+		}
+		for _, text := range []string{user, password} {
+			ss.add(text)
+			for _, coding := range []*base64.Encoding{base64.StdEncoding, base64.RawStdEncoding,
+				base64.URLEncoding, base64.RawURLEncoding} {
+				ss.add(coding.EncodeToString([]byte(text)))
+			}
+		}
+	}
+}
+
+func (ss *secretTexts) add(texts ...string) {
+	for _, text := range texts {
+		if len(text) >= minSecret && !slices.Contains(*ss, text) {
+			*ss = append(*ss, text)
+		}
+	}
+}
+
+// hide returns text, or its first bytes, with a mask for each secret, also where it is escaped, and
+// where only its start is there because somebody has cut the text.
+func (ss secretTexts) hide(text string, most int) string {
+	isCut := len(text) >= maxForeign // nobody cuts shorter ones
+	text = text[:min(len(text), most)]
+	hidden := make([]bool, len(text)) // by byte
+	layers, seen := []layer{newLayer(text)}, map[string]bool{text: true}
+	for i := 0; i < len(layers) && len(ss) > 0; i++ {
+		l := layers[i]
+		for _, secret := range ss {
+			l.mark(secret, isCut, hidden)
+		}
+		if l.depth == maxDepth {
+			continue
+		}
+		for _, read := range escapes {
+			if below := l.unescape(read); !seen[below.text] {
+				seen[below.text] = true
+				layers = append(layers, below)
+			}
+		}
+	}
+	if !slices.Contains(hidden, true) {
+		return text
+	}
+	var b strings.Builder
+	for i := range hidden {
+		if !hidden[i] {
+			b.WriteByte(text[i])
+		} else if i == 0 || !hidden[i-1] {
+			b.WriteString(mask)
+		}
+	}
+	return b.String()
+}
+
+// maxDepth is how many times a text can be escaped for hide to see what is in it.
+const maxDepth = 3
+
+// layer is a text without some of its escapes.
+type layer struct {
+	text  string
+	at    []int // where each byte begins in the text with all escapes, and where the last one ends
+	depth int   // how often it was unescaped
+}
+
+func newLayer(text string) layer {
+	l := layer{text: text, at: make([]int, len(text)+1)}
+	for i := range l.at {
+		l.at[i] = i
+	}
+	return l
+}
+
+// unescape returns l without the escapes that read finds. It returns what one at the start of a
+// text means, and its size, 0 if there is none.
+func (l layer) unescape(read func(text string) (meaning string, size int)) layer {
+	var b strings.Builder
+	below := layer{depth: l.depth + 1}
+	for i := 0; i < len(l.text); {
+		meaning, size := read(l.text[i:])
+		if size == 0 {
+			meaning, size = l.text[i:i+1], 1
+		}
+		b.WriteString(meaning)
+		for range len(meaning) {
+			below.at = append(below.at, l.at[i])
+		}
+		i += size
+	}
+	below.text, below.at = b.String(), append(below.at, l.at[len(l.text)])
+	return below
+}
+
+// wasCut matches what can follow a start of a secret where a text was cut: a part of an escape, and
+// dots.
+var wasCut = regexp.MustCompile(`^([\\%&]+[#0-9A-Za-z]{0,10})?(\.\.\.|$)`)
+
+// mark marks where secret is in l, as far as it is there.
+func (l layer) mark(secret string, isCut bool, hidden []bool) {
+	for from := 0; ; {
+		i := strings.Index(l.text[from:], secret[:minSecret])
+		if i < 0 {
+			return
+		}
+		from += i + 1
+		n := minSecret
+		for rest := l.text[from-1:]; n < len(secret) && n < len(rest) && rest[n] == secret[n]; {
+			n++
+		}
+		end := from - 1 + n
+		if n < len(secret) {
+			tail := wasCut.FindString(l.text[end:])
+			end += len(tail)
+			atEnd := isCut && end == len(l.text)
+			if n < telling && !atEnd && !strings.HasSuffix(tail, "...") {
+				continue
+			}
+		}
+		for at := l.at[from-1]; at < l.at[end]; at++ {
+			hidden[at] = true
+		}
+	}
+}
+
+// escapes read an escape of a URL, a query, HTML, and of Go or JSON at the start of a text, and what
+// is not printable.
+var escapes = []func(text string) (meaning string, size int){
+	func(text string) (string, int) {
+		if len(text) < 3 || text[0] != '%' {
+			return "", 0
+		}
+		b, err := hex.DecodeString(text[1:3])
+		if err != nil {
+			return "", 0
+		}
+		return string(b), 3
+	},
+	func(text string) (string, int) {
+		if text[0] != '+' {
+			return "", 0
+		}
+		return " ", 1
+	},
+	func(text string) (string, int) {
+		if text[0] != '&' {
+			return "", 0
+		}
+		size := strings.IndexByte(text[:min(len(text), 12)], ';') + 1
+		return html.UnescapeString(text[:size]), size
+	},
+	func(text string) (string, int) {
+		if len(text) < 2 || text[0] != '\\' {
+			return "", 0
+		}
+		if strings.IndexByte(`"'/`, text[1]) >= 0 {
+			return text[1:2], 2
+		}
+		start := text[:min(len(text), 10)]
+		r, isRune, rest, err := strconv.UnquoteChar(start, 0)
+		switch {
+		case err != nil:
+			return "", 0
+		case isRune:
+			return string(r), len(start) - len(rest)
+		}
+		return string([]byte{byte(r)}), len(start) - len(rest)
+	},
+	func(text string) (string, int) {
+		r, size := utf8.DecodeRuneInString(text)
+		if isJunk(r) {
+			return "", size
+		}
+		return text[:size], size
+	},
 }
 
 // withoutUser returns u without the parts that may be secret.
