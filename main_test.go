@@ -133,7 +133,7 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	const option, variable = `(?m)^ *\|? *` + "`?" +
 		`(--[a-z-]+(?:=[A-Z]+)?)\b`, `(?m)\b(SRV_[A-Z_]+)\b`
 	_, help, _ := strings.Cut(usage(), "\nOptions")
-	options := harness.Section(t, "## Options")
+	options := harness.Section(t, "README.md", "## Options")
 	got, want := harness.AllOf(option, options), harness.AllOf(option, help)
 	if !slices.Equal(got, want) {
 		t.Errorf("the README has the options %q, --help has %q", got, want)
@@ -157,7 +157,7 @@ func TestMessagesAreDocumented(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := 0
+	documented, n := harness.Section(t, "docs/troubleshooting.md", "## Messages"), 0
 	for _, source := range sources {
 		if strings.HasSuffix(source, "_test.go") {
 			continue
@@ -169,8 +169,8 @@ func TestMessagesAreDocumented(t *testing.T) {
 			}
 			n++
 			start := regexp.MustCompile(`[:,]`).Split(message, 2)[0] // what follows is explained there
-			if !strings.Contains(harness.Section(t, "## Troubleshooting"), strings.TrimSpace(start)) {
-				t.Errorf("the README lacks %q", message)
+			if !strings.Contains(documented, strings.TrimSpace(start)) {
+				t.Errorf("docs/troubleshooting.md lacks %q", message)
 			}
 		}
 	}
@@ -180,7 +180,7 @@ func TestMessagesAreDocumented(t *testing.T) {
 }
 
 // The man page has each option with its text word for word as in --help, its examples, and what the
-// code and the README say of exit statuses, variables and files.
+// code and the documents say of exit statuses, variables and files.
 func TestManPageSaysTheSame(t *testing.T) {
 	fonts := regexp.MustCompile(`\\f.|(?m)^\.(?:[BI]|BR) `)
 	page := fonts.ReplaceAllString(harness.ReadFile(t, "deploy/docker-stats-to-backstop.1"), "")
@@ -241,11 +241,11 @@ func TestManPageSaysTheSame(t *testing.T) {
 			harness.ReadFile(t, "main.go"))...); !slices.Equal(statuses, want) {
 		t.Errorf("it has the exit statuses %q, the code has %q", statuses, want)
 	}
-	readme := harness.ReadFile(t, "README.md")
+	documents := harness.Documentation(t)
 	variables, _ := entries("ENVIRONMENT")
 	for _, name := range harness.AllOf(`([A-Z_]+)`, strings.Join(variables, "\n")) {
-		if !strings.Contains(readme, name) {
-			t.Errorf("the README lacks %s", name)
+		if !strings.Contains(documents, name) {
+			t.Errorf("README and docs lack %s", name)
 		}
 	}
 	// A path is one that a package brings, or the unit's folder.
@@ -254,8 +254,8 @@ func TestManPageSaysTheSame(t *testing.T) {
 			harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")), "")
 	paths, _ := entries("FILES")
 	for _, path := range paths {
-		if !strings.Contains(packages, path) || !strings.Contains(readme, path) {
-			t.Errorf("there is no %s, or the README does not say so", path)
+		if !strings.Contains(packages, path) || !strings.Contains(documents, path) {
+			t.Errorf("there is no %s, or neither README nor docs say so", path)
 		}
 	}
 }

@@ -205,10 +205,11 @@ func TestRulesOfAFile(t *testing.T) {
 
 // Each recipe does what it says. A row has a container's name, its labels, as key=value, or its
 // image; a rule, or "the same" as above; and the path that comes out, or none.
-func TestReadmeRecipes(t *testing.T) {
+func TestRecipes(t *testing.T) {
+	recipes := harness.Section(t, "docs/names.md", "## Recipes")
 	rows := regexp.MustCompile("(?m)^\\| ([^|]*`[^|]*) \\| (?:`([\\[{].*[\\]}])`|the same) \\| "+
-		"(?:`([^`]+)\\.\\*`|none) \\|$").FindAllStringSubmatch(harness.Section(t, "### Recipes"), -1)
-	if len(rows) != strings.Count(harness.Section(t, "### Recipes"), "\n| ")-2 {
+		"(?:`([^`]+)\\.\\*`|none) \\|$").FindAllStringSubmatch(recipes, -1)
+	if len(rows) != strings.Count(recipes, "\n| ")-2 {
 		t.Errorf("of the table's rows, only %d are understood", len(rows))
 	}
 	var rs rules
@@ -232,14 +233,14 @@ func TestReadmeRecipes(t *testing.T) {
 			n.path = ""
 		}
 		if n.path != row[3] {
-			t.Errorf("%s makes %q of %+v, the README says %q", row[2], n.path, s, row[3])
+			t.Errorf("%s makes %q of %+v, docs/names.md says %q", row[2], n.path, s, row[3])
 		}
 	}
 }
 
-// What the README has for a shell arrives as it should.
-func TestReadmeQuotingInAShell(t *testing.T) {
-	forms := harness.AllOf(`(--prefix='[^']+')`, harness.ReadFile(t, "README.md"))
+// What the documents have for a shell arrives as it should.
+func TestQuotingInAShell(t *testing.T) {
+	forms := harness.AllOf(`(--prefix='[^']+')`, harness.Documentation(t))
 	if len(forms) < 2 {
 		t.Fatalf("only %q", forms)
 	}
@@ -257,16 +258,16 @@ func TestReadmeQuotingInAShell(t *testing.T) {
 	}
 }
 
-// The same forms in the error text, the README and the file for the unit.
+// The same forms in the error text, docs/names.md and the file for the unit.
 func TestQuotingIsTheSameEverywhere(t *testing.T) {
-	readme := harness.ReadFile(t, "README.md")
+	names := harness.Section(t, "docs/names.md", "## Quoting")
 	forms := harness.AllOf(`((?:SRV_PREFIX=|--prefix=|)'[^']+')`, quoting)
 	if len(forms) != 3 {
 		t.Fatalf("forms %q", forms)
 	}
 	for _, form := range forms {
-		if !strings.Contains(readme, form) {
-			t.Errorf("the README lacks %s", form)
+		if !strings.Contains(names, form) {
+			t.Errorf("docs/names.md lacks %s", form)
 		}
 	}
 	if !strings.Contains(harness.ReadFile(t, "deploy/docker-stats-to-backstop.default"), forms[2]) {

@@ -322,11 +322,11 @@ func TestMetricsAreDocumented(t *testing.T) {
 			t.Errorf("docs/metrics.md has %s, which nothing sends", name)
 		}
 	}
-	// What the README shows of them has to be among them.
-	for _, name := range harness.AllOf("`(<[ch]>[^`*]+)`", harness.ReadFile(t, "README.md")) {
+	// What other documents show of them has to be among them.
+	for _, name := range harness.AllOf("`(<[ch]>[^`*]+)`", harness.Documentation(t)) {
 		for _, name := range harness.Expand(name) {
 			if !slices.Contains(sent, name) {
-				t.Errorf("the README has %s, which nothing sends", name)
+				t.Errorf("a document has %s, which nothing sends", name)
 			}
 		}
 	}

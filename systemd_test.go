@@ -143,7 +143,7 @@ func TestUnitHasAWatchdog(t *testing.T) {
 	}
 }
 
-// systemd itself reads the unit, and the one in the README.
+// systemd itself reads the unit, and the one in docs/install.md.
 func TestSystemdTakesTheUnits(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
 		harness.Cannot(t, "no systemd-analyze: %v", err)
@@ -152,7 +152,8 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, short, _ := strings.Cut(harness.Section(t, "## As a systemd service"), "\n    [Unit]")
+	_, short, _ := strings.Cut(harness.Section(t, "docs/install.md", "## As a systemd service"),
+		"\n    [Unit]")
 	short, _, _ = strings.Cut(short, "\n\nIn an")
 	for name, unit := range map[string]string{
 		"shipped": harness.ReadFile(t, "deploy/docker-stats-to-backstop.service"),

@@ -25,12 +25,12 @@ var dashboards = map[string][][2]string{
 	"deploy/graphite-dashboard.json": {{"docker.**.", "<c>."}, {"docker.*.", "<h>."}},
 }
 
-// graphiteFunctions are those of Graphite 1.1 that the dashboards use. That it has them,
+// graphiteFunctions are those of Graphite 1.1 that dashboards and alerts use. That it has them,
 // script/pictures shows.
 var graphiteFunctions = []string{
 	"alias", "aliasByNode", "aliasSub", "asPercent", "consolidateBy", "fallbackSeries",
 	"highestAverage", "lowestAverage", "lowestCurrent",
-	"nonNegativeDerivative", "perSecond", "scale",
+	"nonNegativeDerivative", "perSecond", "scale", "transformNull",
 }
 
 // labels says what may be written on an axis where a unit is, by Grafana's names of units or in
@@ -364,7 +364,7 @@ func TestDashboardsKeepToTheContract(t *testing.T) {
 		}
 	}
 	for _, function := range graphiteFunctions {
-		if !functions[function] {
+		if !functions[function] && function != "transformNull" {
 			t.Errorf("no dashboard uses %s", function)
 		}
 	}
@@ -553,17 +553,39 @@ func TestGraphiteDashboardIsWhole(t *testing.T) {
 	}
 }
 
-// The README shows the pictures that there are, and none weighs much.
-func TestReadmePictures(t *testing.T) {
-	shown := harness.AllOf(`!\[[^]]+\]\((deploy/pictures/[^)]+)\)`, harness.ReadFile(t, "README.md"))
+// docs/dashboards.md shows the pictures that there are, and none weighs much.
+func TestPictures(t *testing.T) {
+	shown := harness.AllOf(`!\[[^]]+\]\(\.\./(deploy/pictures/[^)]+)\)`,
+		harness.ReadFile(t, "docs/dashboards.md"))
 	files := os.DirFS(harness.Top(t))
 	there, err := fs.Glob(files, "deploy/pictures/*")
 	if err != nil || len(there) < 2 || !slices.Equal(shown, there) {
-		t.Errorf("the README shows %q, there are %q, %v", shown, there, err)
+		t.Errorf("docs/dashboards.md shows %q, there are %q, %v", shown, there, err)
 	}
 	for _, file := range there {
 		if info, err := fs.Stat(files, file); err != nil || info.Size() > 40<<10 {
 			t.Errorf("%s: %v, more than 40 KB", file, err)
+		}
+	}
+}
+
+// Every expression of docs/alerts.md asks for metrics that there are, and in a way that suits them.
+func TestAlertsKeepToTheContract(t *testing.T) {
+	q := &queryCheck{[][2]string{{"docker.**.", "<c>."}, {"docker.web1.web.", "<c>."},
+		{"docker.*.", "<h>."}}, contracts(t), map[string]bool{}, map[string]bool{}}
+	page := harness.ReadFile(t, "docs/alerts.md")
+	rows := regexp.MustCompile("(?m)^\\| [^|]+ \\| `([^`]+)` \\| (?:min|max|sum) [<>] \\d+ \\|$").
+		FindAllStringSubmatch(page, -1)
+	if len(rows) < 9 || len(rows) != strings.Count(page, "\n| ")-2 {
+		t.Errorf("only %d alerts are understood", len(rows))
+	}
+	for _, row := range rows {
+		e, err := parseQuery(row[1])
+		if err == nil {
+			_, err = q.unit(e, "")
+		}
+		if err != nil {
+			t.Errorf("%s: %v", row[1], err)
 		}
 	}
 }

@@ -36,6 +36,9 @@ import (
 
 // The tests in this file are of the image, and of what is deployed with it: Compose, Swarm.
 
+// install is the page that says how to run the image.
+const install = "docs/install.md"
+
 // node returns what becomes of a host's name in Graphite.
 func node(host string) string {
 	return regexp.MustCompile(`[^A-Za-z0-9_-]`).ReplaceAllString(host, "_")
@@ -162,11 +165,11 @@ func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	return name
 }
 
-// buildImage makes the image as the README says, without a network, and returns its name.
+// buildImage makes the image as docs/install.md says, without a network, and returns its name.
 func buildImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	t.Helper()
 	name = e.Image + "-built"
-	build := readmeCommand(t, "## As a container", "docker build")
+	build := documented(t, install, "## As a container", "docker build")
 	build = strings.Replace(build, "-t docker-stats-to-backstop ",
 		`-t "$NAME" --network none --force-rm --build-arg GO_IMAGE="$GO_IMAGE" `, 1)
 	out, err := tryCommand(t, e, build, "NAME="+name, "GO_IMAGE="+goImage(t, e, a))
@@ -184,24 +187,25 @@ func buildImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	return name
 }
 
-// readmeCommand returns the command in a section of the README that begins like that.
-func readmeCommand(t *testing.T, heading, start string) string {
+// documented returns the command in a section of a page that begins like that.
+func documented(t *testing.T, page, heading, start string) string {
 	t.Helper()
 	m := regexp.MustCompile(`\n((?:    .*\\\n)*?    ` + start +
-		`(?:.*\\\n)*.*\n)`).FindStringSubmatch(harness.Section(t, heading))
+		`(?:.*\\\n)*.*\n)`).FindStringSubmatch(harness.Section(t, page, heading))
 	if m == nil {
-		t.Fatalf("the README has no %s under %s", start, heading)
+		t.Fatalf("%s has no %s under %s", page, start, heading)
 	}
 	return m[1]
 }
 
-// The image: built, looked into, and run as the README says.
+// The image: built, looked into, and run as docs/install.md says.
 func TestLiveImage(t *testing.T) {
 	e := harness.Usual(t)
 	a := newAuthority(t)
 	image := buildImage(t, e, a)
 	t.Run("contents", func(t *testing.T) { testContents(t, e, image) })
 	t.Run("container", func(t *testing.T) { testContainer(t, e, image, a) })
+	t.Run("engine", func(t *testing.T) { testEngineStartedAnew(t, e, image) })
 	t.Run("swarm", func(t *testing.T) { testSwarm(t, e, image) })
 }
 
@@ -250,7 +254,7 @@ dtrwxrwxrwx spool/ 0:0`); got != want {
 	}
 }
 
-// The README's command, with names of this test
+// The documented command, with names of this test
 func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) {
 	host := gateway(t, e)
 	listener, err := net.Listen("tcp", host+":0")
@@ -259,7 +263,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	s.Set("user:password", nil)
 	container, volume := e.Name(t, "it"), strings.ReplaceAll(e.Name(t, "spool"), ".", "-")
 	url := strings.Replace(s.URL, "://", "://user:password@", 1) + "/publish/docker"
-	run := readmeCommand(t, "## As a container", "docker run")
+	run := documented(t, install, "## As a container", "docker run")
 	for _, r := range [][2]string{
 		{"--name docker-stats-to-backstop", "--name " + container},
 		{"--volume docker-stats-to-backstop:", "--volume " + volume + ":"},
@@ -267,7 +271,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 		{"\n      docker-stats-to-backstop\n", "\n      " + image + "\n"},
 	} {
 		if strings.Count(run, r[0]) != 1 {
-			t.Fatalf("the README's command lacks %q:\n%s", r[0], run)
+			t.Fatalf("the documented command lacks %q:\n%s", r[0], run)
 		}
 		run = strings.Replace(run, r[0], r[1], 1)
 	}
@@ -278,7 +282,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	engine, err := e.Info()
 	harness.Must(t, err)
 	logs := func() string { out, _ := tryCommand(t, e, "docker logs "+container); return out }
-	// The names of both have one dot, so the README's prefix leaves them as they are.
+	// The names of both have one dot, so that prefix leaves them as they are.
 	all := []string{`^` + regexp.QuoteMeta(node(engine.Name)) + `\.metrics\.sampled `,
 		`^` + regexp.QuoteMeta(container) + `\.cpu\.total `,
 		`^` + regexp.QuoteMeta(e.Name(t, "neighbour")) + `\.cpu\.total `}
@@ -321,6 +325,28 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 		strings.Contains(out, "password") {
 		t.Errorf("without them: %v\n%s", err, out)
 	}
+}
+
+// A container that has the folder of the socket mounted finds the engine again that was stopped and
+// started, and made another socket.
+func testEngineStartedAnew(t *testing.T, e *harness.Engine, image string) {
+	own := harness.StartOwn(t)
+	container := e.Name(t, "it")
+	t.Cleanup(func() { e.Remove(container) })
+	volume := harness.AllOf(`--volume (/var/run:\S+)`, documented(t, install, "## As a container",
+		"docker run"))
+	if len(volume) != 1 {
+		t.Fatalf("no folder of the engine's socket is mounted, only %q", volume)
+	}
+	command(t, e, `docker run --detach --name "$NAME" --user 0:0 --read-only --cap-drop ALL \
+		--volume "$VOLUME" "$IMAGE" --backstop=- --poll=1s`, "NAME="+container, "IMAGE="+image,
+		"VOLUME="+strings.Replace(volume[0], "/var/run", own.Folder(), 1))
+	logs := func() string { out, _ := tryCommand(t, e, "docker logs "+container); return out }
+	harness.AwaitText(t, logs, ".metrics.sampled ", 1)
+	own.Kill()
+	harness.AwaitText(t, logs, "Docker engine does not answer", 1)
+	own.Start()
+	harness.AwaitText(t, logs, "Docker engine answers", 1)
 }
 
 // gateway starts a container, called neighbour, and returns the address at which it reaches its
@@ -381,17 +407,16 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 		create --name agent --mode global "$IMAGE"`, "IMAGE="+e.Image)
 
 	text := harness.ReadFile(t, "deploy/stack.yaml")
-	if strings.Count(text, "- /var/run/docker.sock:") != 1 {
-		t.Fatal("deploy/stack.yaml has no socket to replace by the own engine's")
+	if strings.Count(text, "- /var/run:") != 1 {
+		t.Fatal("deploy/stack.yaml has no folder to replace by that of the own engine's socket")
 	}
 	file := filepath.Join(t.TempDir(), "stack.yaml")
 	harness.Must(t, os.WriteFile(file,
-		[]byte(strings.Replace(text, "- /var/run/docker.sock:",
-			"- "+strings.TrimPrefix(own.Address, "unix://")+":", 1)), 0o600))
+		[]byte(strings.Replace(text, "- /var/run:", "- "+own.Folder()+":", 1)), 0o600))
 	_, port, err := net.SplitHostPort(s.Listener.Addr().String())
 	harness.Must(t, err)
-	deploy := readmeCommand(t, "## As a container", "printf") + readmeCommand(t, "## As a container",
-		"docker stack deploy")
+	deploy := documented(t, install, "## As a container", "printf") +
+		documented(t, install, "## As a container", "docker stack deploy")
 	deploy = strings.Replace(deploy, "https://user:password@backstop.server/publish/docker",
 		"http://user:password@"+gateway(t, e)+":"+port+"/publish/docker", 1)
 	deploy = strings.Replace(deploy, "deploy/stack.yaml", file, 1)

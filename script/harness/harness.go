@@ -5,6 +5,7 @@ package harness
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -81,12 +82,31 @@ func ReadFile(t testing.TB, path string) string {
 	return string(text)
 }
 
-// Section returns the part of the README under a heading, up to the next one of that level.
-func Section(t testing.TB, heading string) string {
+// Documents returns the paths of README.md and of the pages in docs that are not generated.
+func Documents(t testing.TB) []string {
 	t.Helper()
-	_, rest, found := strings.Cut(ReadFile(t, "README.md"), "\n"+heading+"\n")
+	pages, err := fs.Glob(os.DirFS(Top(t)), "docs/*.md")
+	Must(t, err)
+	pages = slices.DeleteFunc(pages, func(page string) bool { return page == "docs/third-party.md" })
+	return append([]string{"README.md"}, pages...)
+}
+
+// Documentation returns the text of all Documents.
+func Documentation(t testing.TB) string {
+	t.Helper()
+	var text strings.Builder
+	for _, page := range Documents(t) {
+		text.WriteString(ReadFile(t, page))
+	}
+	return text.String()
+}
+
+// Section returns the part of a page under a heading, up to the next one of that level.
+func Section(t testing.TB, page, heading string) string {
+	t.Helper()
+	_, rest, found := strings.Cut(ReadFile(t, page), "\n"+heading+"\n")
 	if !found {
-		t.Fatalf("the README has no %s", heading)
+		t.Fatalf("%s has no %s", page, heading)
 	}
 	level, _, _ := strings.Cut(heading, " ")
 	text, _, _ := strings.Cut(rest, "\n"+level+" ")

@@ -107,5 +107,8 @@ func (e *OwnEngine) Kill() {
 	<-e.ended
 }
 
+// Folder returns the folder of the socket.
+func (e *OwnEngine) Folder() string { return e.dir }
+
 // Pid returns the process that leads the namespaces.
 func (e *OwnEngine) Pid() int { return e.dockerd.Process.Pid }
