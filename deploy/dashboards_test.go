@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net/url"
 	"os"
+	"os/exec"
 	"regexp"
 	"slices"
 	"strconv"
@@ -457,7 +458,26 @@ func TestDashboardQueriesThatAreWrong(t *testing.T) {
 	}
 }
 
-// Grafana cannot be had here: this is what we know of what it wants.
+// The dashboard is the one that script/grafana makes of its table of panels, after Grafana's own
+// library has read it strictly.
+func TestGrafanaDashboardIsGenerated(t *testing.T) {
+	var complaint strings.Builder
+	generate := exec.Command("go", "run", "-C", "script/grafana", ".")
+	generate.Dir = harness.Top(t)
+	generate.Env = append(os.Environ(), "GOFLAGS=")
+	generate.Stderr = &complaint
+	made, err := generate.Output()
+	if strings.Contains(complaint.String(), "dial tcp") {
+		harness.Cannot(t, "Grafana's library cannot be had: %s", complaint.String())
+	} else if err != nil {
+		t.Fatalf("%v: %s", err, complaint.String())
+	}
+	if string(made) != harness.ReadFile(t, "deploy/grafana.json") {
+		t.Error("run go run -C script/grafana . >deploy/grafana.json")
+	}
+}
+
+// What the types do not say: where panels are, and what their queries ask.
 func TestGrafanaDashboardIsWhole(t *testing.T) {
 	var d grafanaDashboard
 	readJSON(t, "deploy/grafana.json", &d)
