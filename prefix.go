@@ -36,8 +36,10 @@ type naming struct {
 	drop     bool
 }
 
-// apply returns what the rules make of s on a host.
+// apply returns what the rules make of s on a host. Of a longer text, they see the start: a path is
+// no longer, and there are labels of megabytes.
 func (rs rules) apply(s subject, host string) naming {
+	s.name, s.image = startOf(s.name), startOf(s.image)
 	for i := range rs {
 		r := &rs[i]
 		text, ok := r.text(s)
@@ -86,9 +88,17 @@ func (r *rule) text(s subject) (text string, ok bool) {
 	case "name":
 		return s.name, true
 	}
-	text, ok = s.labels[strings.TrimPrefix(r.from, "label:")]
-	return text, ok
+	return s.label(strings.TrimPrefix(r.from, "label:"))
 }
+
+// label returns the start of a label. ok is false if s lacks it.
+func (s subject) label(key string) (text string, ok bool) {
+	text, ok = s.labels[key]
+	return startOf(text), ok
+}
+
+// startOf returns as much of text as a path can have.
+func startOf(text string) string { return text[:min(len(text), maxPath)] }
 
 // fillIn replaces what Expand does not know in a template: ${label:KEY}, a label of s, and ${host},
 // unless re has a group of that name. Each becomes one node of a path, whatever is in it. ok is
@@ -102,7 +112,7 @@ func fillIn(template string, re *regexp.Regexp, s subject, host string) (filled 
 		ref, length := templateRef(template)
 		switch key, isLabel := strings.CutPrefix(ref, "label:"); {
 		case isLabel:
-			value, found := s.labels[key]
+			value, found := s.label(key)
 			if !found {
 				return "", false
 			}

@@ -144,3 +144,26 @@ func FuzzPath(f *testing.F) {
 		}
 	})
 }
+
+// A label of megabytes costs what its first kilobyte does.
+func TestHugeLabelsCostNoMore(t *testing.T) {
+	rs := mustRules(t, `[{"from":"label:l","regexp":"(a+)+$","into":"$1.${label:l}"},`+
+		`{"from":"image","regexp":"^x.*x","into":"${label:l}"},{"regexp":"a","into":"b"}]`)
+	apply := func(size int) func(*testing.B) {
+		text := strings.Repeat("a", size)
+		s := subject{text, "0123456789ab", text, map[string]string{"l": text}}
+		return func(b *testing.B) {
+			for b.Loop() {
+				rs.apply(s, "h")
+			}
+		}
+	}
+	small, huge := testing.Benchmark(apply(1<<10)), testing.Benchmark(apply(4<<20))
+	if huge.NsPerOp() > 10*small.NsPerOp() || huge.AllocedBytesPerOp() > 2*small.AllocedBytesPerOp() {
+		t.Errorf("4 MB cost %s and %s, 1 KB %s and %s", huge, huge.MemString(), small, small.MemString())
+	}
+	got := rs.apply(subject{name: strings.Repeat("x", 4<<20)}, "h").path
+	if want := strings.Repeat("x", maxNode); got != want {
+		t.Errorf("a path of %d bytes", len(got))
+	}
+}

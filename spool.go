@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -58,6 +59,9 @@ var (
 	unfinishedName = regexp.MustCompile(`^\.\d{8}T\d{6}Z-\d{10,18}-\d{1,9}\.json\.gz\d+$`)
 )
 
+// maxCounter is the highest number that spoolName takes. The next one is 1.
+const maxCounter = 1e18 - 1
+
 const spoolTime = "20060102T150405Z"
 
 // spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not
@@ -76,10 +80,24 @@ func spoolTrouble(dir string) string {
 		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): "+
 			"name one of its own, or chmod go-w it", info.Mode().Perm())
 	}
-	if info, err := os.Lstat(filepath.Join(dir, lockName)); err == nil && !info.Mode().IsRegular() {
+	if !isLock(filepath.Join(dir, lockName)) {
 		return fmt.Sprintf("%q in this folder is not a file of ours: name a folder of its own", lockName)
 	}
 	return ""
+}
+
+// isLock reports whether a file is one that open wrote, or is not there. A loss of power may have
+// left zeros in it.
+func isLock(path string) bool {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return true // open says why
+	}
+	if !info.Mode().IsRegular() || info.Size() > 32 {
+		return false
+	}
+	holder, err := os.ReadFile(path)
+	return err != nil || strings.Trim(string(holder), "0123456789\r\n\x00") == ""
 }
 
 var (
@@ -267,7 +285,7 @@ func (s *spool) write(packed []byte, oldest int64, metrics int) (file, error) {
 func (s *spool) newName(oldest int64, metrics int) (string, error) {
 	at := time.Unix(oldest, 0).UTC().Format(spoolTime)
 	for {
-		s.counter++
+		s.counter = s.counter%maxCounter + 1
 		name := fmt.Sprintf("%s-%010d-%d.json.gz", at, s.counter, metrics)
 		_, err := os.Lstat(filepath.Join(s.dir, name))
 		if errors.Is(err, fs.ErrNotExist) {

@@ -565,3 +565,54 @@ func BenchmarkDrain(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.N)*sweeps*size/b.Elapsed().Seconds(), "metrics/s")
 }
+
+// The highest number is no end: the next file has a name that the next start knows.
+func TestSpoolCountsOn(t *testing.T) {
+	dir := t.TempDir()
+	harness.Must(t, os.Chmod(dir, 0o700))
+	body := pack(encode([]metric{{"", "web.a", whole(1), 1795409680}}))
+	const highest = "20261123T045440Z-999999999999999999-1.json.gz"
+	harness.Must(t, os.WriteFile(filepath.Join(dir, highest), body, 0o600))
+	log := &harness.Log{}
+	for start := range 3 {
+		s := &spool{dir: dir, log: log.Logger()}
+		batches, err := s.open(nil)
+		if err != nil || len(batches) != start+1 {
+			t.Fatalf("start %d finds %d batches, %v", start, len(batches), err)
+		}
+		b := &batch{packed: body, count: 1, oldest: 1795409680}
+		harness.Must(t, s.write(b))
+		if !spoolName.MatchString(b.file) {
+			t.Errorf("a file called %s", b.file)
+		}
+		s.close()
+	}
+	if got := log.Take(); got != "" {
+		t.Errorf("logged: %s", got)
+	}
+}
+
+// Another program's file is not overwritten because it is called lock.
+func TestSpoolLeavesAForeignLockAlone(t *testing.T) {
+	for content, isOurs := range map[string]bool{
+		"": true, "4711\n": true, "\x00\x00\x00": true,
+		"precious\n": false, "{}": false, strings.Repeat("4711\n", 1000): false,
+	} {
+		dir := t.TempDir()
+		harness.Must(t, os.Chmod(dir, 0o700))
+		path := filepath.Join(dir, lockName)
+		harness.Must(t, os.WriteFile(path, []byte(content), 0o600))
+		s := &spool{dir: dir, log: (&harness.Log{}).Logger()}
+		_, err := s.open(nil)
+		s.close()
+		if (err == nil) != isOurs || err != nil && !isForGood(err) {
+			t.Errorf("with %.20q there: %v", content, err)
+		}
+		if got := harness.ReadFile(t, path); !isOurs && got != content {
+			t.Errorf("%.20q has become %.20q", content, got)
+		}
+		if _, err := parseSpool(dir); (err == nil) != isOurs {
+			t.Errorf("with %.20q there, --spool: %v", content, err)
+		}
+	}
+}

@@ -207,3 +207,16 @@ func TestUnitRestartsWhatCrashed(t *testing.T) {
 		t.Errorf("a crash has the status %s, the unit does not restart after %q", got, final)
 	}
 }
+
+// A terminal that is closed does not end it.
+func TestHangUpIsIgnored(t *testing.T) {
+	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
+	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker",
+		"--poll=1s")
+	harness.Must(t, daemon.Start())
+	harness.Must(t, s.Await(`\.duration `, 1, time.Minute))
+	harness.Must(t, daemon.Process.Signal(syscall.SIGHUP))
+	harness.Must(t, s.Await(`\.duration `, 3, time.Minute))
+	harness.Must(t, daemon.Process.Signal(os.Interrupt))
+	harness.Must(t, daemon.Wait())
+}
