@@ -210,7 +210,9 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 			opts.backstop.closeIdle()
 		}
 	}
-	return &pipeline{collector: c, queue: q, delivery: d, service: s, receiver: receiver, log: log}, nil
+	return &pipeline{
+		collector: c, queue: q, delivery: d, service: s, receiver: receiver, log: log,
+	}, nil
 }
 
 // sweep polls all containers and queues their metrics.

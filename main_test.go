@@ -22,6 +22,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -558,7 +559,7 @@ var repetitions = map[string]string{
 	"message":              "HTTP/1.1 500 No\r\n\r\n{\"message\":\"%s\"}",
 	"JSON":                 "HTTP/1.1 200 OK\r\n\r\n[{\"Id\":\"%s\"},{\"Id\":7}]",
 	"name":                 "HTTP/1.1 200 OK\r\n\r\n[{\"Id\":\"%s\",\"Names\":[\"/%[1]s\"]}]",
-	"number":               "HTTP/1.1 200 OK\r\n\r\n{\"Containers\":\"%s\",\"ContainersRunning\":\"x\"}",
+	"number":               "HTTP/1.1 200 OK\r\n\r\n{\"ContainersRunning\":\"%s\"}",
 }
 
 // What is logged, at any level, and said to systemd shows no credentials, whatever others repeat.
@@ -682,4 +683,99 @@ func TestFilesAreNotShown(t *testing.T) {
 			os.Unsetenv(opt.variable() + "_FILE")
 		}
 	}
+}
+
+// Of what others send, a line of the log has 200 bytes, and is made at once.
+func TestLogIsBounded(t *testing.T) {
+	huge := strings.Repeat("\x00x", 1<<20)
+	for place, answer := range repetitions {
+		address := hostile(t, func(string) string { return fmt.Sprintf(answer, huge) })
+		for _, args := range [][]string{{"--docker=http://" + address}, {"--docker=" +
+			harness.NewReplay(t, "cgroup2").URL, "--backstop=http://" + address + "/publish/docker"}} {
+			args = append(args, "--once", "--verbose")
+			out, _ := exec.Command(program, args...).CombinedOutput()
+			for line := range strings.Lines(string(out)) {
+				if len(line) > maxShown {
+					t.Errorf("%s makes a line of %d bytes: %.500s", place, len(line), line)
+				}
+			}
+		}
+	}
+}
+
+// What net/http has to say is one line of the log, and only with --verbose.
+func TestComplaintsOfNetHTTPAreLogged(t *testing.T) {
+	var answers atomic.Int32
+	address := hostile(t, func(string) string {
+		answers.Add(1)
+		return "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 500 \r\n\r\n"
+	})
+	for _, level := range []string{"--verbose", "--verbose=false"} {
+		daemon := exec.Command(program, "--docker=http://"+address, "--poll=100ms", level)
+		log := &harness.Log{}
+		daemon.Stderr = log
+		harness.Must(t, daemon.Start())
+		if level == "--verbose" {
+			harness.AwaitText(t, log.String, `level=DEBUG msg="net/http complains" text="Unsolicited`, 2)
+		} else {
+			answers.Store(0)
+			count := func() string { return strings.Repeat(".", int(answers.Load())) }
+			harness.AwaitText(t, count, ".", 10)
+		}
+		harness.Must(t, daemon.Process.Kill())
+		_ = daemon.Wait()
+		for line := range strings.Lines(log.String()) {
+			if !regexp.MustCompile(`^time=\S+ level=\w+ msg=`).MatchString(line) {
+				t.Errorf("logged: %s", line)
+			}
+		}
+	}
+}
+
+func TestTheSameTroubleIsTheSameText(t *testing.T) {
+	asked := func(port int) error {
+		return &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Name: "backstop.server",
+			Err: fmt.Sprintf("read udp 10.0.0.2:%d->10.0.0.53:53: i/o timeout", port), IsTimeout: true,
+			Server: "10.0.0.53:53"}}
+	}
+	overIPv6 := func(port int) error {
+		return fmt.Errorf("readLoop: %w", &net.OpError{Op: "read", Net: "tcp", Err: errors.New("reset"),
+			Source: &net.TCPAddr{IP: net.IPv6loopback, Port: port},
+			Addr:   &net.TCPAddr{IP: net.IPv6loopback, Port: 2375}})
+	}
+	for _, test := range []struct {
+		of   func(int) error
+		want string
+	}{
+		{asked, "dial tcp: lookup backstop.server on 10.0.0.53:53: read udp 10.0.0.53:53: i/o timeout"},
+		{overIPv6, "read tcp [::1]:2375: reset"},
+	} {
+		for _, port := range []int{40001, 40002} {
+			if got := plainly(t.Context(), test.of(port)).Error(); got != test.want {
+				t.Errorf("%s, want %s", got, test.want)
+			}
+		}
+	}
+}
+
+// Sweeps that are too slow, all or now and then, are one line of the log, and so is their end.
+func TestSlowSweepsAreToldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		log, sweeps := &harness.Log{}, 0
+		poll(ctx, func() schedule { return schedule{every: time.Second} }, func(context.Context) {
+			sweeps++
+			switch {
+			case sweeps == 2000:
+				cancel()
+			case sweeps < 1000 && sweeps%3 > 0:
+				time.Sleep(2 * time.Second)
+			}
+		}, log.Logger())
+		got := log.Take()
+		if strings.Count(got, "\n") != 2 || !strings.Contains(got, "the sweep took longer") ||
+			!strings.Contains(got, `level=INFO msg="sweeps are in time again"`) {
+			t.Errorf("logged:\n%s", got)
+		}
+	})
 }

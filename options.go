@@ -90,7 +90,8 @@ func (o *options) table() []option {
 				"for Basic authentication; - prints the metrics as Carbon\n" +
 				"plaintext lines instead (default: %s)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
-			origin: "DOCKER_HOST", address: true, order: 1, set: into(&o.engine, o.parseEngine), // after --poll
+			origin: "DOCKER_HOST", address: true, order: 1, // after --poll
+			set: into(&o.engine, o.parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
 				"https://, on Windows npipe:// too; DOCKER_TLS_VERIFY and\n" +
 				"DOCKER_CERT_PATH are read as the docker command reads them\n" +

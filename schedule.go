@@ -54,11 +54,15 @@ func (s schedule) next(tick, now time.Time) time.Time {
 	return s.after(now)
 }
 
+// slowFor is how long sweeps have to be in time until slow ones count as over.
+const slowFor = time.Minute
+
 // poll calls sweep at once and then at each tick, until ctx ends. Ticks that pass during a sweep
-// are skipped, and the log says so. poll asks for the current schedule after each sweep, because it
-// depends on the host's name, which the first sweep may find out.
+// are skipped. The log says so once, and when that is over. poll asks for the current schedule
+// after each sweep, because it depends on the host's name, which the first sweep may find out.
 func poll(ctx context.Context, current func() schedule, sweep func(context.Context),
 	log *slog.Logger) {
+	var slow time.Time // when a sweep last took too long, zero if that is over
 	for tick := time.Now().Round(0); ; {
 		start := time.Now()
 		sweep(ctx)
@@ -68,10 +72,17 @@ func poll(ctx context.Context, current func() schedule, sweep func(context.Conte
 		}
 		s := current()
 		// The first sweep is on no tick: it may pass one without being too slow.
-		if took >= s.every {
-			log.Warn("the sweep took longer than the poll interval, so polls were skipped; "+
-				"a longer --poll avoids that",
-				"took", took.Round(time.Millisecond), "poll", s.every, "skipped", s.missed(tick, took))
+		switch {
+		case took >= s.every:
+			if slow.IsZero() {
+				log.Warn("the sweep took longer than the poll interval, so polls were skipped; "+
+					"a longer --poll avoids that",
+					"took", took.Round(time.Millisecond), "poll", s.every, "skipped", s.missed(tick, took))
+			}
+			slow = time.Now()
+		case !slow.IsZero() && time.Since(slow) > max(slowFor, 2*s.every):
+			slow = time.Time{}
+			log.Info("sweeps are in time again")
 		}
 		now := time.Now()
 		tick = s.next(tick, now)
