@@ -49,36 +49,7 @@ type receiver struct {
 	news  chan struct{}
 }
 
-// waitFor waits until so many values have arrived.
-func (r *receiver) waitFor(t *testing.T, values int) {
-	t.Helper()
-	r.mu.Lock()
-	if r.news == nil {
-		r.news = make(chan struct{}, 1)
-	}
-	r.mu.Unlock()
-	late := time.After(time.Minute)
-	for {
-		if _, got := r.sofar(); len(got) >= values {
-			return
-		}
-		select {
-		case <-r.news:
-		case <-late:
-			_, got := r.sofar()
-			t.Fatalf("%d values arrived, want %d", len(got), values)
-		}
-	}
-}
-
 func (r *receiver) destination() destination { return destination{"Backstop", r.post} }
-
-// sofar returns the number of tries, and the values that arrived.
-func (r *receiver) sofar() (tries int, got []int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.tries, slices.Clone(r.got)
-}
 
 func (r *receiver) post(_ context.Context, body []byte) error {
 	r.mu.Lock()
@@ -110,6 +81,42 @@ func (r *receiver) post(_ context.Context, body []byte) error {
 	return nil
 }
 
+// sofar returns the number of tries, and the values that arrived.
+func (r *receiver) sofar() (tries int, got []int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tries, slices.Clone(r.got)
+}
+
+// arrived returns the values that r got, in order and each once.
+func (r *receiver) arrived() []int {
+	_, got := r.sofar()
+	slices.Sort(got)
+	return slices.Compact(got)
+}
+
+// waitFor waits until so many values have arrived.
+func (r *receiver) waitFor(t *testing.T, values int) {
+	t.Helper()
+	r.mu.Lock()
+	if r.news == nil {
+		r.news = make(chan struct{}, 1)
+	}
+	r.mu.Unlock()
+	late := time.After(time.Minute)
+	for {
+		if _, got := r.sofar(); len(got) >= values {
+			return
+		}
+		select {
+		case <-r.news:
+		case <-late:
+			_, got := r.sofar()
+			t.Fatalf("%d values arrived, want %d", len(got), values)
+		}
+	}
+}
+
 // inOrder tells whether r got the points from to to-1, each once, oldest first.
 func (r *receiver) inOrder(t *testing.T, from, to int) {
 	t.Helper()
@@ -122,6 +129,15 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 			t.Errorf("metric %d arrived in the place of %d", value, from+i)
 			return
 		}
+	}
+}
+
+func refusing(status int, bad func(value int) bool) func(int, []int) error {
+	return func(_ int, values []int) error {
+		if slices.ContainsFunc(values, bad) {
+			return &refusal{status: status, line: "missing fields"}
+		}
+		return nil
 	}
 }
 
@@ -148,12 +164,6 @@ func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harne
 	return r, log
 }
 
-// put queues metrics and, if there is a spool, waits until it has had its turn.
-func (r *rig) put(metrics []metric) {
-	r.queue.put(metrics)
-	r.store.update()
-}
-
 // queue returns a rig for r that holds up to 1 MiB in memory, and its log.
 func (r *receiver) queue(
 	t testing.TB,
@@ -164,6 +174,29 @@ func (r *receiver) queue(
 // spooled returns a rig for r with its spool in dir, and its log.
 func (r *receiver) spooled(t testing.TB, dir string) (*rig, *harness.Log) {
 	return newRig(t, r.destination(), 1<<20, dir)
+}
+
+// useSpool gives r, which is in memory, a spool, as newRig does.
+func useSpool(r *rig, s *spool) error {
+	st, err := newStore(r.queue, s)
+	if err == nil {
+		r.spool, r.store = s, st
+		st.update()
+	}
+	return err
+}
+
+// put queues metrics and, if there is a spool, waits until it has had its turn.
+func (r *rig) put(metrics []metric) {
+	r.queue.put(metrics)
+	r.store.update()
+}
+
+// put puts batches of about a kilobyte each, from that number on.
+func (r *receiver) put(q *rig, from, batches int) {
+	for i := range batches {
+		q.put(points(1_000_000+(from+i)*100, 100))
+	}
 }
 
 // next returns the batch whose turn it is.
@@ -200,8 +233,919 @@ func figuresOf(q *rig) string {
 	return fmt.Sprintf("sent %s, retried %s, dropped %s", m[1], m[2], m[3])
 }
 
-// Delivery through real sockets and files, with everything between the queue and Carbon that can go
-// wrong: what is there in the end is what was sampled, all of it.
+func TestQueueDeliversInBatches(t *testing.T) {
+	r := &receiver{}
+	q, log := r.queue(t)
+	q.put(nil)
+	q.put(points(0, 12_001))
+	q.put(points(12_001, 3))
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, 12_004)
+	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
+		t.Errorf("requests of %s", got)
+	}
+	if got := log.Take(); got != "" {
+		t.Errorf("logged %s", got)
+	}
+}
+
+// Sampling goes on while nothing can be delivered, and nothing is lost nor out of order.
+func TestQueueOutlastsAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		begin := time.Now()
+		r.fail = func(int, []int) error {
+			if time.Since(begin) < 10*time.Minute {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 20 {
+			q.put(points(i*10, 10))
+			time.Sleep(time.Minute)
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		r.inOrder(t, 0, 200)
+		if got, want := figuresOf(q), fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20)); got != want {
+			t.Errorf("its own figures are %s after %d tries, want %s", got, r.tries, want)
+		}
+		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits
+		// for long.
+		if r.tries < 20+10 || r.tries > 20+40 {
+			t.Errorf("%d tries", r.tries)
+		}
+		for i := 1; i < len(r.at); i++ {
+			if pause := r.at[i] - r.at[i-1]; pause > 90*time.Second {
+				t.Errorf("a pause of %s", pause)
+			}
+		}
+		want := regexp.MustCompile(
+			`^level=ERROR msg="Backstop unreachable, keeping metrics" since=2026-11-23T04:54:40Z error="connection refused"
+level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
+$`,
+		)
+		if got := log.Take(); !want.MatchString(got) {
+			t.Errorf("logged\n%swant\n%s", got, want)
+		}
+	})
+}
+
+// A backlog does not hold up what is measured now, and goes out oldest first.
+func TestQueueFreshGoesFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		r.fail = func(try int, _ []int) error {
+			if try > 1 {
+				return nil
+			}
+			return errors.New("connection refused")
+		}
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(time.Second) // each request takes that long
+			return r.post(ctx, body)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 5 {
+			q.put(points(i, 1))
+		}
+		time.Sleep(5 * time.Second) // one of the backlog is under way
+		_, under := r.sofar()
+		q.put(points(100, 1))
+		time.Sleep(2500 * time.Millisecond)
+		if _, got := r.sofar(); !slices.Equal(got[len(under)+1:len(under)+2], []int{100}) {
+			t.Errorf("arrived %v, want the 100 after %v and one more", got, under)
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if got := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 }); !slices.Equal(
+			got,
+			[]int{0, 1, 2, 3, 4},
+		) {
+			t.Errorf("arrived %v", r.got)
+		}
+	})
+}
+
+// What waits is packed; only what is sent at once is not.
+func TestQueueKeepsNothingUnpacked(t *testing.T) {
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, _ := r.queue(t)
+	q.put(points(0, 12_000))
+	unpacked := func() (n int) {
+		for _, b := range q.batches {
+			n += len(b.body)
+		}
+		return n
+	}
+	if unpacked() == 0 {
+		t.Error("what is sent at once has to be unpacked first")
+	}
+	for range 3 {
+		q.try(t)
+		q.put(points(0, 12_000))
+	}
+	if n := unpacked(); n > 0 {
+		t.Errorf("%d bytes are held unpacked", n)
+	}
+}
+
+func TestQueueIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		r.put(q, 0, 2)
+		fit := int(q.limit / q.batches[1].size) // the first is not packed
+		r.put(q, 2, 4*fit-1)
+		lost := 4*fit + 1 - len(q.batches)
+		if _, bytes := q.size(); bytes > q.limit || bytes < q.limit*8/10 {
+			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
+		}
+		// Never more than one line a minute, and nothing untold.
+		if got := log.Take(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(
+				got,
+				`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
+			) ||
+			!strings.Contains(got, ` limit=1MiB`) {
+			t.Errorf("logged %s", got)
+		}
+		time.Sleep(time.Minute)
+		held := len(q.batches)
+		r.put(q, 4*fit+1, 1)
+		lost += held + 1 - len(q.batches)
+		want := fmt.Sprintf(
+			`metrics=%d from=%s until=%s`,
+			100*(lost-1),
+			inUTC(points(1_000_100, 1)[0].time),
+			inUTC(points(1_000_000+100*(lost-1), 1)[0].time),
+		)
+		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
+			t.Errorf("logged %swant %s", got, want)
+		}
+		// The batch that is under way is not given up: it may just arrive.
+		if q.next() != q.batches[0] {
+			t.Fatal("not the oldest")
+		}
+		first := q.inFlight
+		held = len(q.batches)
+		r.put(q, 4*fit+2, 1)
+		if q.batches[0] != first || len(q.batches) > held {
+			t.Error("the batch in flight was given up")
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 100*(4*fit+3-len(q.batches))); !strings.HasSuffix(
+			got,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", got, want)
+		}
+	})
+}
+
+// What has arrived of a batch before it is given up is not counted as given up, nor kept.
+func TestQueueCountsWhatArrived(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(try int, values []int) error {
+			if len(values) > 1000 {
+				return &refusal{status: 413}
+			}
+			if try > 4 {
+				return errors.New("connection refused")
+			}
+			return nil
+		}}
+		q, log := r.queue(t)
+		q.put(points(0, 4000)) // of which 500 arrive, and 500
+		go q.deliver(t.Context())
+		synctest.Wait()
+		_, got := r.sofar()
+		if len(got) == 0 || len(got) == 4000 || q.waiting() != 4000-len(got) {
+			t.Errorf("%d arrived, %d are left", len(got), q.waiting())
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf("sent %d, ", len(got)); !strings.HasPrefix(
+			figures,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.mu.Lock()
+		q.limit = 0
+		q.bound()
+		q.tellLoss(true)
+		q.mu.Unlock()
+		if lines, want := log.Take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
+			lines,
+			want,
+		) {
+			t.Errorf("logged\n%swant %s", lines, want)
+		}
+		if figures, want := figuresOf(q), fmt.Sprintf(" dropped %d", 4000-len(got)); !strings.HasSuffix(
+			figures,
+			want,
+		) {
+			t.Errorf("its own figures are %s, want %s", figures, want)
+		}
+		q.close()
+		synctest.Wait()
+	})
+}
+
+// What was dropped for want of room is logged, all of it and with its times, at the end of an
+// outage or of the daemon at the latest.
+func TestQueueTellsAllThatWasDropped(t *testing.T) {
+	for _, ends := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			down := true
+			r := &receiver{}
+			r.fail = func(int, []int) error {
+				if down {
+					return errors.New("connection refused")
+				}
+				return nil
+			}
+			q, log := r.queue(t)
+			q.limit = 3000
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			r.put(q, 0, 1)
+			synctest.Wait()
+			r.put(q, 1, 20) // the first loss is logged at once
+			r.put(q, 21, 5)
+			lost := 2600 - q.waiting()
+			if !ends {
+				r.mu.Lock()
+				down = false
+				r.mu.Unlock()
+				time.Sleep(2 * time.Second)
+			}
+			q.close()
+			<-done
+			line := regexp.MustCompile(`the oldest are given up" metrics=(\d+) from=(\S+) until=(\S+)`)
+			lines := line.FindAllStringSubmatch(log.Take(), -1)
+			if len(lines) != 2 {
+				t.Fatalf("logged %q", lines)
+			}
+			first, _ := strconv.Atoi(lines[0][1])
+			second, _ := strconv.Atoi(lines[1][1])
+			at := func(batch int) string { return inUTC(points(1_000_000+batch*100, 1)[0].time) }
+			if first+second != lost || lines[0][2] != at(0) || lines[1][3] != at(lost/100-1) {
+				t.Errorf("ends %v, %d lost: logged %q", ends, lost, lines)
+			}
+		})
+	}
+}
+
+// Once closed, there is one try, and the loss is told in figures.
+func TestQueueEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+		q, log := r.queue(t)
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		q.put(points(0, 10))
+		time.Sleep(10 * time.Minute) // until it waits for its next try for a minute or so
+		q.put(points(10, 5))
+		closed := time.Now()
+		tries, _ := r.sofar()
+		q.close()
+		if err := <-done; err == nil || err.Error() != "15 metrics not delivered" {
+			t.Errorf("error %v", err)
+		}
+		if r.tries != tries+1 || time.Since(closed) != 0 {
+			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
+		}
+		if got := log.Take(); !strings.Contains(
+			got,
+			`level=ERROR msg="ending without having delivered everything" lost=15 error="connection refused"`,
+		) {
+			t.Errorf("logged\n%s", got)
+		}
+	})
+}
+
+// A batch is not sent before it is on the disk, while that works.
+func TestStoreComesBeforeTheFirstTry(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{}
+	stored := 0
+	r.fail = func(int, []int) error {
+		stored = len(files(t, dir))
+		return nil
+	}
+	q, _ := r.spooled(t, dir)
+	done := make(chan error, 1)
+	go func() { done <- q.deliver(t.Context()) }()
+	go q.store.keep()
+	q.queue.put(points(0, 1))
+	r.waitFor(t, 1)
+	if stored != 1 {
+		t.Errorf("%d files when it was sent", stored)
+	}
+	q.close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// What was delivered while the disk was busy with it leaves no file.
+func TestStoreIsOvertaken(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.queue.put(points(0, 1))
+	b, packed, count := q.store.nextToStore()
+	if err := q.send(t.Context(), b); err != nil {
+		t.Fatal(err)
+	}
+	f, err := q.spool.write(packed, b.oldest, count)
+	harness.Must(t, err)
+	q.store.hasStored(b, f, count)
+	q.store.update()
+	if left := files(t, dir); len(left) != 0 || q.waiting() != 0 {
+		t.Errorf("left %q, %d wait", left, q.waiting())
+	}
+}
+
+// Neither polls, nor deliveries, nor the end wait for a disk that hangs; what waits stays bounded.
+func TestStoreThatHangs(t *testing.T) {
+	r := &receiver{}
+	q, _ := r.spooled(t, newDir(t))
+	q.put(points(0, 1)) // which is on the disk
+	q.store.mu.Lock()   // as it is held while the disk works
+	done := make(chan error, 1)
+	go func() { done <- q.deliver(t.Context()) }()
+	go q.store.keep()
+	for i := range 20 {
+		q.queue.put(points(1+i, 1))
+	}
+	r.waitFor(t, 21)
+	q.close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, 21)
+	q.store.mu.Unlock()
+	q.store.end() // so that nothing works in the folder any more
+}
+
+// How long it waits after an answer.
+func TestDeliveryPace(t *testing.T) {
+	for _, test := range []struct {
+		err         error
+		least, most time.Duration
+		message     string
+	}{
+		{errors.New("connection refused"), 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop unreachable, keeping metrics"},
+		{&refusal{status: 500}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 408}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
+		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, "Backstop fails, keeping metrics"},
+		{&refusal{status: 401}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue(t)
+			r.fail = func(try int, _ []int) error {
+				if try == 1 {
+					return test.err
+				}
+				return nil
+			}
+			q.put(points(0, 1))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(2 * time.Hour)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			if len(r.at) != 2 || r.at[1] < test.least || r.at[1] > test.most {
+				t.Errorf("%v: tries at %v", test.err, r.at)
+			}
+			if got := log.Take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
+				t.Errorf("%v: logged %s", test.err, got)
+			}
+		})
+	}
+}
+
+// Each trouble is told once in an outage, however often it comes and goes.
+func TestDeliveryIsQuiet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, log := r.queue(t)
+		r.fail = func(try int, _ []int) error {
+			switch {
+			case try == 4: // the first of two
+				return nil
+			case try < 10:
+				return fmt.Errorf("trouble %d", try%2)
+			case try < 30:
+				return fmt.Errorf("request %d failed", try)
+			}
+			return nil
+		}
+		q.put(points(0, 1))
+		q.put(points(1, 1))
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		time.Sleep(2 * time.Hour)
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		lines := log.Take()
+		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 ||
+			strings.Count(lines, "reachable again") != 1 {
+			t.Errorf("logged\n%s", lines)
+		}
+	})
+}
+
+// A receiver that is too slow for a large request gets smaller ones.
+func TestDeliveryToASlowReceiver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(min(time.Duration(len(body))*time.Second/6000, postTimeout))
+			if len(body) > 6000*30 {
+				return noAnswer(postTimeout)
+			}
+			return r.post(ctx, body)
+		}
+		q.put(points(0, 12_000)) // 840 KB
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		time.Sleep(10 * time.Minute)
+		if got := r.arrived(); len(got) != 12_000 {
+			t.Errorf("%d arrived", len(got))
+		}
+		q.close()
+		<-done
+	})
+}
+
+// A limit for the size of requests, however small, costs few requests; the next batches keep to it.
+func TestDeliveryFindsAnyLimit(t *testing.T) {
+	for _, limit := range []int{1, 2, 39, 77, 1500, 4999} {
+		r := &receiver{fail: func(_ int, values []int) error {
+			if len(values) > limit {
+				return &refusal{status: 413}
+			}
+			return nil
+		}}
+		q, log := r.queue(t)
+		q.put(points(0, 5000))
+		q.put(points(5000, 5000))
+		q.put(points(10_000, 600))
+		q.close()
+		if err := q.deliver(t.Context()); err != nil {
+			t.Error(err)
+		}
+		r.inOrder(t, 0, 10_600)
+		if most := 15 + 3*10_600/limit; r.tries > most {
+			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
+		}
+		if got := log.Take(); got != "" {
+			t.Errorf("logged %s", got)
+		}
+	}
+}
+
+// A limit that was there for a moment does not make requests small for ever.
+func TestDeliveryForgetsALimit(t *testing.T) {
+	r := &receiver{fail: func(try int, values []int) error {
+		if try <= 8 {
+			return &refusal{status: 413}
+		}
+		return nil
+	}}
+	q, _ := r.queue(t)
+	const batches, size = 30, 300
+	for i := range batches {
+		q.put(points(i*size, size))
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err != nil {
+		t.Error(err)
+	}
+	r.inOrder(t, 0, batches*size)
+	if last := r.sizes[len(r.sizes)-1]; last != size || r.tries > 150 {
+		t.Errorf("the last of %d requests was of %d", r.tries, last)
+	}
+}
+
+// Bad metrics are found wherever they are, and set aside; nothing else is given up with them.
+func TestDeliveryFindsBadMetrics(t *testing.T) {
+	for _, test := range []struct {
+		bad  []int
+		most int // requests
+	}{
+		{[]int{0}, 40}, {[]int{4999}, 40}, {[]int{1234, 1235}, 50},
+		{[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 100}, {[]int{5, 1000, 2000, 3000, 4000}, 150},
+	} {
+		r := &receiver{fail: refusing(400, func(v int) bool { return slices.Contains(test.bad, v) })}
+		dir := newDir(t)
+		q, log := r.spooled(t, dir)
+		q.put(points(0, 5000))
+		q.close()
+		n := len(test.bad)
+		err := q.deliver(t.Context())
+		if want := fmt.Sprintf("%d metrics not delivered", n); err == nil || err.Error() != want {
+			t.Errorf("%v: error %v", test.bad, err)
+		}
+		var want []int
+		for v := range 5000 {
+			if !slices.Contains(test.bad, v) {
+				want = append(want, v)
+			}
+		}
+		if got := r.arrived(); !slices.Equal(got, want) {
+			t.Errorf("%v: %d arrived", test.bad, len(got))
+		}
+		if r.tries > test.most {
+			t.Errorf("%v: %d requests", test.bad, r.tries)
+		}
+		if got, want := figuresOf(q), fmt.Sprintf("sent %d, ", 5000-n); !strings.HasPrefix(got, want) ||
+			!strings.HasSuffix(got, fmt.Sprintf(" dropped %d", n)) {
+			t.Errorf("%v: its own figures are %s", test.bad, got)
+		}
+		left := files(t, dir)
+		if len(left) != 1 || !strings.HasSuffix(left[0], fmt.Sprintf("-%d.json.gz.bad", n)) {
+			t.Fatalf("%v: left %q", test.bad, left)
+		}
+		var kept []metric
+		for _, v := range test.bad {
+			kept = append(kept, points(v, 1)...)
+		}
+		if body, err := q.spool.read(left[0]); err != nil || string(body) != string(encode(kept)) {
+			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
+		}
+		got := log.Take()
+		if !strings.HasPrefix(
+			got,
+			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
+		) ||
+			!strings.Contains(got, `error="answer 400 Bad Request: missing fields"`) ||
+			!strings.Contains(got, `such_as="[{\"metric\":\"web.a\",\"value\":`) ||
+			!strings.Contains(got, " file="+left[0]) ||
+			strings.Count(got, "\n") != 1 {
+			t.Errorf("%v: logged %s", test.bad, got)
+		}
+	}
+}
+
+// However many are bad, and wherever, even if nothing else was accepted before; and a batch that
+// has only bad ones holds up no other.
+func TestDeliveryFindsManyBadMetrics(t *testing.T) {
+	for name, bad := range map[string]func(value int) bool{
+		"every 40th":      func(v int) bool { return v%40 == 0 },
+		"every 100th":     func(v int) bool { return v%100 == 99 },
+		"the first 1,000": func(v int) bool { return v < 1000 },
+		"every other":     func(v int) bool { return v < 600 && v%2 == 0 },
+		"the first batch": func(v int) bool { return v < 5000 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{fail: refusing(400, bad)}
+			q, _ := r.queue(t)
+			q.put(points(0, 5000))
+			q.put(points(5000, 5))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(time.Hour)
+			q.close()
+			count := 0
+			for v := range 5005 {
+				if bad(v) {
+					count++
+				}
+			}
+			err := <-done
+			if want := fmt.Sprintf("%d metrics not delivered", count); err == nil || err.Error() != want {
+				t.Errorf("%s: error %v", name, err)
+			}
+			if got := r.arrived(); len(got) != 5005-count || slices.ContainsFunc(got, bad) {
+				t.Errorf("%s: %d arrived", name, len(got))
+			}
+			// Each costs the way to it through the halves, and the probes.
+			if r.tries > 100+count*20 {
+				t.Errorf("%s: %d requests", name, r.tries)
+			}
+		})
+	}
+}
+
+// What was set aside makes room when that is needed, and does not come back with the next run.
+func TestDeliverySetsAsideWithinTheLimit(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{fail: refusing(400, func(v int) bool { return v == 1 })}
+	q, _ := r.spooled(t, dir)
+	q.put(points(0, 10))
+	if err := q.try(t); err != nil {
+		t.Fatal(err)
+	}
+	aside := files(t, dir)
+	if len(aside) != 1 {
+		t.Fatalf("files %q", aside)
+	}
+	q.spool.close()
+	q, _ = r.spooled(t, dir)
+	if n := q.waiting(); n > 0 || !slices.Equal(files(t, dir), aside) {
+		t.Errorf("%d metrics wait in the next run, files %q", n, files(t, dir))
+	}
+	q.limit = 8 << 10
+	q.put(points(10, 1))
+	q.put(points(11, 1))
+	if left := files(t, dir); len(left) != 2 || slices.Contains(left, aside[0]) {
+		t.Errorf("left %q", left)
+	}
+}
+
+// The search for many bad metrics holds up nothing.
+func TestDeliverySearchesBesideTheRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: refusing(400, func(v int) bool { return v < 8000 && v%2 == 0 })}
+		q, _ := r.queue(t)
+		q.to.post = func(ctx context.Context, body []byte) error {
+			time.Sleep(10 * time.Millisecond)
+			return r.post(ctx, body)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		q.put(points(0, 4000))
+		q.put(points(4000, 4000))
+		for i := range 100 {
+			q.put(points(8000+i, 1))
+			time.Sleep(time.Second)
+			if _, got := r.sofar(); !slices.Contains(got, 8000+i) {
+				t.Errorf("%d waits for those that are bad", i)
+			}
+		}
+		time.Sleep(time.Hour)
+		if got, want := figuresOf(q), "sent 4100, "; !strings.HasPrefix(got, want) ||
+			!strings.HasSuffix(got, "dropped 4000") {
+			t.Errorf("its own figures are %s", got)
+		}
+		q.close()
+		<-done
+	})
+}
+
+// When an answer says something else, the search ends, and goes on later.
+func TestDeliveryStopsSearchingAtAnotherAnswer(t *testing.T) {
+	for name, other := range map[string]error{
+		"429":       &refusal{status: 429, retryAfter: 10 * time.Minute},
+		"no answer": errors.New("no answer within 30s"),
+	} {
+		for at := range 12 {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{fail: func(try int, _ []int) error {
+					switch {
+					case try <= at:
+						return &refusal{status: 400}
+					case try == at+1:
+						return other
+					}
+					return nil
+				}}
+				q, _ := r.queue(t)
+				q.put(points(0, 4000))
+				if err := q.try(t); err != other || r.tries != at+1 {
+					t.Errorf("%s at %d: %d requests, %v", name, at, r.tries, err)
+				}
+				deliverAll(t, q)
+				if got := r.arrived(); len(got) != 4000 {
+					t.Errorf("%s at %d: %d arrived", name, at, len(got))
+				}
+			})
+		}
+	}
+}
+
+// If every metric is refused, no metric is to blame: all are kept, with few requests a minute.
+func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
+	for _, size := range []int{1, 5, 5000} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.queue(t)
+			begin := time.Now()
+			r.fail = func(int, []int) error {
+				if time.Since(begin) < 3*time.Minute-time.Second {
+					return &refusal{status: 400}
+				}
+				return nil
+			}
+			q.put(points(0, size))
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			time.Sleep(time.Minute - time.Second)
+			if tries, _ := r.sofar(); tries > 2*16 {
+				t.Errorf("%d metrics: %d requests within a minute", size, tries)
+			}
+			time.Sleep(3 * time.Minute)
+			q.close()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+			r.inOrder(t, 0, size)
+			if got := fmt.Sprint(r.sizes); got != fmt.Sprint([]int{size}) {
+				t.Errorf("requests of %s", got)
+			}
+			if got := log.Take(); strings.Count(got, "refuses metrics, keeping them") != 1 ||
+				strings.Count(got, "\n") != 2 {
+				t.Errorf("logged %s", got)
+			}
+		})
+	}
+}
+
+// A receiver that breaks down, and works again, in the midst of the search costs no other metrics.
+func TestDeliveryKeepsWhatABreakdownRefuses(t *testing.T) {
+	for breaks := 2; breaks < 20; breaks++ {
+		for works := breaks + 2; works < 60; works++ {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{fail: func(try int, values []int) error {
+					if try >= breaks && try < works || slices.Contains(values, 3) {
+						return &refusal{status: 400}
+					}
+					return nil
+				}}
+				q, _ := r.queue(t)
+				q.put(points(0, 20))
+				done := make(chan error)
+				go func() { done <- q.deliver(t.Context()) }()
+				time.Sleep(3 * time.Hour)
+				q.close()
+				if err := <-done; err == nil || err.Error() != "1 metrics not delivered" {
+					t.Errorf("from %d to %d: %v", breaks, works, err)
+				}
+				if got := r.arrived(); len(got) != 19 || slices.Contains(got, 3) {
+					t.Errorf("from %d to %d: arrived %v", breaks, works, got)
+				}
+				if r.tries > works+60 {
+					t.Errorf("from %d to %d: %d requests", breaks, works, r.tries)
+				}
+			})
+		}
+	}
+}
+
+// Once everything is refused, be it in the midst of a batch, there are few requests a minute, and
+// all arrives in the end.
+func TestDeliveryDoesNotHammer(t *testing.T) {
+	for _, status := range []int{400, 413} {
+		for _, taken := range []int{0, 1, 2} {
+			synctest.Test(t, func(t *testing.T) {
+				r := &receiver{}
+				q, _ := r.queue(t)
+				begin := time.Now()
+				r.fail = func(try int, values []int) error {
+					if len(values) > 200 || try > 3+taken && time.Since(begin) < 10*time.Minute {
+						return &refusal{status: status}
+					}
+					return nil
+				}
+				q.put(points(0, 1000))
+				done := make(chan error)
+				go func() { done <- q.deliver(t.Context()) }()
+				time.Sleep(10*time.Minute - time.Second)
+				if tries, _ := r.sofar(); tries > 10*32 {
+					t.Errorf("%d, %d taken: %d requests in 10 minutes", status, taken, tries)
+				}
+				time.Sleep(time.Hour)
+				q.close()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if got := r.arrived(); len(got) != 1000 {
+					t.Errorf("%d, %d taken: %d arrived", status, taken, len(got))
+				}
+			})
+		}
+	}
+}
+
+// After everything was refused, what is kept goes out in its order.
+func TestDeliveryKeepsTheOrderAcrossRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		begin := time.Now()
+		r.fail = func(int, []int) error {
+			if time.Since(begin) < 20*time.Minute {
+				return &refusal{status: 400}
+			}
+			return nil
+		}
+		q, _ := r.queue(t)
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 20 {
+			q.put(points(i, 1))
+			time.Sleep(time.Minute)
+		}
+		time.Sleep(time.Hour)
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		// The newest goes first.
+		if got := r.got[1:]; r.got[0] != 19 || !slices.IsSorted(got) {
+			t.Errorf("arrived %v", r.got)
+		}
+	})
+}
+
+// A receiver that refuses what is too old takes all the rest, and what is of now at once.
+func TestDeliveryOutlastsWhatIsTooOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{}
+		q, _ := r.queue(t)
+		down, oldest := false, 0
+		set := func(isDown bool, since int) {
+			r.mu.Lock()
+			down, oldest = isDown, since
+			r.mu.Unlock()
+		}
+		r.fail = func(_ int, values []int) error {
+			if down {
+				return errors.New("connection refused")
+			}
+			return refusing(400, func(v int) bool { return v < oldest })(0, values)
+		}
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		put := func(i int) {
+			q.put(points(i*40, 40))
+			time.Sleep(time.Minute)
+		}
+		put(0) // of which one is known to be accepted
+		set(true, 0)
+		for i := 1; i <= 30; i++ {
+			put(i)
+		}
+		set(false, 29*40)
+		for i := 31; i <= 100; i++ {
+			put(i)
+			if _, got := r.sofar(); i > 33 && !slices.Contains(got, i*40) {
+				t.Errorf("batch %d waits for those that are too old", i)
+			}
+		}
+		q.close()
+		if err := <-done; err == nil || err.Error() != "1120 metrics not delivered" {
+			t.Error(err)
+		}
+		if got := r.arrived(); len(got) != 40+72*40 {
+			t.Errorf("%d arrived", len(got))
+		}
+	})
+}
+
+// If every second request is refused, or two of three, or every third or fourth, whatever is in it,
+// no metric is to blame.
+func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
+	for name, refused := range map[string]func(try int) bool{
+		"every second": func(try int) bool { return try%2 == 0 },
+		"every third":  func(try int) bool { return try%3 == 0 },
+		"every fourth": func(try int) bool { return try%4 == 0 },
+		"two of three": func(try int) bool { return try%3 != 0 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{fail: func(try int, _ []int) error {
+				if refused(try) {
+					return &refusal{status: 400}
+				}
+				return nil
+			}}
+			q, _ := r.queue(t)
+			done := make(chan error)
+			go func() { done <- q.deliver(t.Context()) }()
+			const sweeps = 100
+			for i := range sweeps {
+				q.put(points(i*40, 40))
+				time.Sleep(time.Minute)
+			}
+			time.Sleep(time.Hour)
+			if got := r.arrived(); len(got) != sweeps*40 || !strings.HasSuffix(figuresOf(q), "dropped 0") {
+				t.Errorf("%s: of %d metrics %d arrived, %s", name, sweeps*40, len(got), figuresOf(q))
+			}
+			q.close()
+			<-done
+		})
+	}
+}
 
 // sampled returns a sweep of n metrics, the time of which is that of the sweep's number.
 func sampled(sweep, n int) []metric {
@@ -273,6 +1217,25 @@ func drips(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// deliveringTo returns a rig for the stand-in, in memory or with a spool, that does not wait for
+// long, and its log.
+func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backstop, *harness.Log) {
+	t.Helper()
+	b := mustBackstop(t, s.URL+"/publish/docker")
+	b.leadPause = time.Millisecond
+	dir := ""
+	if spooled {
+		dir = newDir(t)
+	}
+	q, log := newRig(t, destination{"Backstop", b.post}, 8<<20, dir)
+	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
+	return q, b, log
+}
+
+func sortedLines(text string) string {
+	return strings.Join(harness.AllOf(`(?m)^(.*\n)`, text), "")
+}
+
 func TestEverythingArrives(t *testing.T) {
 	first := func(n int) func(int) bool { return func(request int) bool { return request <= n } }
 	everyThird := func(request int) bool { return request%3 != 0 }
@@ -341,21 +1304,6 @@ func TestEverythingArrives(t *testing.T) {
 			})
 		}
 	}
-}
-
-// deliveringTo returns a rig for the stand-in, in memory or with a spool, that does not wait for
-// long, and its log.
-func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backstop, *harness.Log) {
-	t.Helper()
-	b := mustBackstop(t, s.URL+"/publish/docker")
-	b.leadPause = time.Millisecond
-	dir := ""
-	if spooled {
-		dir = newDir(t)
-	}
-	q, log := newRig(t, destination{"Backstop", b.post}, 8<<20, dir)
-	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
-	return q, b, log
 }
 
 // Nobody listens for a while.
@@ -444,6 +1392,43 @@ func TestEverythingArrivesInSmallRequests(t *testing.T) {
 	}
 	if s.Lines() != sortedLines(want) {
 		t.Error("what arrived is not what was sampled")
+	}
+}
+
+// One of several Backstops behind a balancer is broken: everything arrives at the pace of the
+// polls, whichever request meets the broken one, and without a failed delivery.
+func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
+	for name, broken := range map[string]func(request int) bool{
+		"every second": func(n int) bool { return n%2 == 0 },
+		"every third":  func(n int) bool { return n%3 == 0 },
+		"every fourth": func(n int) bool { return n%4 == 0 },
+		"two of three": func(n int) bool { return n%3 != 0 },
+	} {
+		for phase := range 4 {
+			s := harness.NewStandIn(t)
+			s.Set(
+				"",
+				sometimes(
+					func(n int) bool { return broken(n + phase) },
+					harness.AnswerWith(503, ""),
+					http.HandlerFunc(s.Answer),
+				),
+			)
+			q, b, log := deliveringTo(t, s, false)
+			b.leadAfter = 0 // each batch comes after a pause
+			const sweeps = 20
+			want := ""
+			for i := range sweeps {
+				q.put(sampled(i, 10))
+				if err := q.try(t); err != nil {
+					t.Errorf("%s, phase %d, sweep %d: %v", name, phase, i, err)
+				}
+				want += asLines(sampled(i, 10))
+			}
+			if got := s.Lines(); got != sortedLines(want) || log.Take() != "" {
+				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
+			}
+		}
 	}
 }
 
@@ -577,996 +1562,6 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 		lives,
 		len(perhaps),
 	)
-}
-
-func sortedLines(text string) string {
-	return strings.Join(harness.AllOf(`(?m)^(.*\n)`, text), "")
-}
-
-func TestQueueDeliversInBatches(t *testing.T) {
-	r := &receiver{}
-	q, log := r.queue(t)
-	q.put(nil)
-	q.put(points(0, 12_001))
-	q.put(points(12_001, 3))
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
-	r.inOrder(t, 0, 12_004)
-	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
-		t.Errorf("requests of %s", got)
-	}
-	if got := log.Take(); got != "" {
-		t.Errorf("logged %s", got)
-	}
-}
-
-// Sampling goes on while nothing can be delivered, and nothing is lost nor out of order.
-func TestQueueOutlastsAnOutage(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, log := r.queue(t)
-		begin := time.Now()
-		r.fail = func(int, []int) error {
-			if time.Since(begin) < 10*time.Minute {
-				return errors.New("connection refused")
-			}
-			return nil
-		}
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		for i := range 20 {
-			q.put(points(i*10, 10))
-			time.Sleep(time.Minute)
-		}
-		q.close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		r.inOrder(t, 0, 200)
-		if got, want := figuresOf(q), fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20)); got != want {
-			t.Errorf("its own figures are %s after %d tries, want %s", got, r.tries, want)
-		}
-		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits
-		// for long.
-		if r.tries < 20+10 || r.tries > 20+40 {
-			t.Errorf("%d tries", r.tries)
-		}
-		for i := 1; i < len(r.at); i++ {
-			if pause := r.at[i] - r.at[i-1]; pause > 90*time.Second {
-				t.Errorf("a pause of %s", pause)
-			}
-		}
-		want := regexp.MustCompile(
-			`^level=ERROR msg="Backstop unreachable, keeping metrics" since=2026-11-23T04:54:40Z error="connection refused"
-level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
-$`,
-		)
-		if got := log.Take(); !want.MatchString(got) {
-			t.Errorf("logged\n%swant\n%s", got, want)
-		}
-	})
-}
-
-// A backlog does not hold up what is measured now, and goes out oldest first.
-func TestQueueFreshGoesFirst(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, _ := r.queue(t)
-		r.fail = func(try int, _ []int) error {
-			if try > 1 {
-				return nil
-			}
-			return errors.New("connection refused")
-		}
-		q.to.post = func(ctx context.Context, body []byte) error {
-			time.Sleep(time.Second) // each request takes that long
-			return r.post(ctx, body)
-		}
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		for i := range 5 {
-			q.put(points(i, 1))
-		}
-		time.Sleep(5 * time.Second) // one of the backlog is under way
-		_, under := r.sofar()
-		q.put(points(100, 1))
-		time.Sleep(2500 * time.Millisecond)
-		if _, got := r.sofar(); !slices.Equal(got[len(under)+1:len(under)+2], []int{100}) {
-			t.Errorf("arrived %v, want the 100 after %v and one more", got, under)
-		}
-		q.close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		if got := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 }); !slices.Equal(
-			got,
-			[]int{0, 1, 2, 3, 4},
-		) {
-			t.Errorf("arrived %v", r.got)
-		}
-	})
-}
-
-// What has arrived of a batch before it is given up is not counted as given up, nor kept.
-func TestQueueCountsWhatArrived(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{fail: func(try int, values []int) error {
-			if len(values) > 1000 {
-				return &refusal{status: 413}
-			}
-			if try > 4 {
-				return errors.New("connection refused")
-			}
-			return nil
-		}}
-		q, log := r.queue(t)
-		q.put(points(0, 4000)) // of which 500 arrive, and 500
-		go q.deliver(t.Context())
-		synctest.Wait()
-		_, got := r.sofar()
-		if len(got) == 0 || len(got) == 4000 || q.waiting() != 4000-len(got) {
-			t.Errorf("%d arrived, %d are left", len(got), q.waiting())
-		}
-		if figures, want := figuresOf(q), fmt.Sprintf("sent %d, ", len(got)); !strings.HasPrefix(
-			figures,
-			want,
-		) {
-			t.Errorf("its own figures are %s, want %s", figures, want)
-		}
-		q.mu.Lock()
-		q.limit = 0
-		q.bound()
-		q.tellLoss(true)
-		q.mu.Unlock()
-		if lines, want := log.Take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
-			lines,
-			want,
-		) {
-			t.Errorf("logged\n%swant %s", lines, want)
-		}
-		if figures, want := figuresOf(q), fmt.Sprintf(" dropped %d", 4000-len(got)); !strings.HasSuffix(
-			figures,
-			want,
-		) {
-			t.Errorf("its own figures are %s, want %s", figures, want)
-		}
-		q.close()
-		synctest.Wait()
-	})
-}
-
-// What was dropped for want of room is logged, all of it and with its times, at the end of an
-// outage or of the daemon at the latest.
-func TestQueueTellsAllThatWasDropped(t *testing.T) {
-	for _, ends := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			down := true
-			r := &receiver{}
-			r.fail = func(int, []int) error {
-				if down {
-					return errors.New("connection refused")
-				}
-				return nil
-			}
-			q, log := r.queue(t)
-			q.limit = 3000
-			done := make(chan error)
-			go func() { done <- q.deliver(t.Context()) }()
-			r.put(q, 0, 1)
-			synctest.Wait()
-			r.put(q, 1, 20) // the first loss is logged at once
-			r.put(q, 21, 5)
-			lost := 2600 - q.waiting()
-			if !ends {
-				r.mu.Lock()
-				down = false
-				r.mu.Unlock()
-				time.Sleep(2 * time.Second)
-			}
-			q.close()
-			<-done
-			line := regexp.MustCompile(`the oldest are given up" metrics=(\d+) from=(\S+) until=(\S+)`)
-			lines := line.FindAllStringSubmatch(log.Take(), -1)
-			if len(lines) != 2 {
-				t.Fatalf("logged %q", lines)
-			}
-			first, _ := strconv.Atoi(lines[0][1])
-			second, _ := strconv.Atoi(lines[1][1])
-			at := func(batch int) string { return inUTC(points(1_000_000+batch*100, 1)[0].time) }
-			if first+second != lost || lines[0][2] != at(0) || lines[1][3] != at(lost/100-1) {
-				t.Errorf("ends %v, %d lost: logged %q", ends, lost, lines)
-			}
-		})
-	}
-}
-
-// How long it waits after an answer.
-func TestQueuePace(t *testing.T) {
-	for _, test := range []struct {
-		err         error
-		least, most time.Duration
-		message     string
-	}{
-		{errors.New("connection refused"), 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop unreachable, keeping metrics"},
-		{&refusal{status: 500}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
-		{&refusal{status: 408}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
-		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, "Backstop fails, keeping metrics"},
-		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, "Backstop fails, keeping metrics"},
-		{&refusal{status: 401}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
-		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			r := &receiver{}
-			q, log := r.queue(t)
-			r.fail = func(try int, _ []int) error {
-				if try == 1 {
-					return test.err
-				}
-				return nil
-			}
-			q.put(points(0, 1))
-			done := make(chan error)
-			go func() { done <- q.deliver(t.Context()) }()
-			time.Sleep(2 * time.Hour)
-			q.close()
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-			if len(r.at) != 2 || r.at[1] < test.least || r.at[1] > test.most {
-				t.Errorf("%v: tries at %v", test.err, r.at)
-			}
-			if got := log.Take(); !strings.Contains(got, `level=ERROR msg="`+test.message+`" `) {
-				t.Errorf("%v: logged %s", test.err, got)
-			}
-		})
-	}
-}
-
-// Each trouble is told once in an outage, however often it comes and goes.
-func TestQueueIsQuiet(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, log := r.queue(t)
-		r.fail = func(try int, _ []int) error {
-			switch {
-			case try == 4: // the first of two
-				return nil
-			case try < 10:
-				return fmt.Errorf("trouble %d", try%2)
-			case try < 30:
-				return fmt.Errorf("request %d failed", try)
-			}
-			return nil
-		}
-		q.put(points(0, 1))
-		q.put(points(1, 1))
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		time.Sleep(2 * time.Hour)
-		q.close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		lines := log.Take()
-		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 ||
-			strings.Count(lines, "reachable again") != 1 {
-			t.Errorf("logged\n%s", lines)
-		}
-	})
-}
-
-// put puts batches of about a kilobyte each, from that number on.
-func (r *receiver) put(q *rig, from, batches int) {
-	for i := range batches {
-		q.put(points(1_000_000+(from+i)*100, 100))
-	}
-}
-
-func TestQueueIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, log := r.queue(t)
-		r.put(q, 0, 2)
-		fit := int(q.limit / q.batches[1].size) // the first is not packed
-		r.put(q, 2, 4*fit-1)
-		lost := 4*fit + 1 - len(q.batches)
-		if _, bytes := q.size(); bytes > q.limit || bytes < q.limit*8/10 {
-			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
-		}
-		// Never more than one line a minute, and nothing untold.
-		if got := log.Take(); strings.Count(got, "\n") != 1 ||
-			!strings.Contains(
-				got,
-				`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
-			) ||
-			!strings.Contains(got, ` limit=1MiB`) {
-			t.Errorf("logged %s", got)
-		}
-		time.Sleep(time.Minute)
-		held := len(q.batches)
-		r.put(q, 4*fit+1, 1)
-		lost += held + 1 - len(q.batches)
-		want := fmt.Sprintf(
-			`metrics=%d from=%s until=%s`,
-			100*(lost-1),
-			inUTC(points(1_000_100, 1)[0].time),
-			inUTC(points(1_000_000+100*(lost-1), 1)[0].time),
-		)
-		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
-			t.Errorf("logged %swant %s", got, want)
-		}
-		// The batch that is under way is not given up: it may just arrive.
-		if q.next() != q.batches[0] {
-			t.Fatal("not the oldest")
-		}
-		first := q.inFlight
-		held = len(q.batches)
-		r.put(q, 4*fit+2, 1)
-		if q.batches[0] != first || len(q.batches) > held {
-			t.Error("the batch in flight was given up")
-		}
-		if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 100*(4*fit+3-len(q.batches))); !strings.HasSuffix(
-			got,
-			want,
-		) {
-			t.Errorf("its own figures are %s, want %s", got, want)
-		}
-	})
-}
-
-// What waits is packed; only what is sent at once is not.
-func TestQueueKeepsNothingUnpacked(t *testing.T) {
-	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-	q, _ := r.queue(t)
-	q.put(points(0, 12_000))
-	unpacked := func() (n int) {
-		for _, b := range q.batches {
-			n += len(b.body)
-		}
-		return n
-	}
-	if unpacked() == 0 {
-		t.Error("what is sent at once has to be unpacked first")
-	}
-	for range 3 {
-		q.try(t)
-		q.put(points(0, 12_000))
-	}
-	if n := unpacked(); n > 0 {
-		t.Errorf("%d bytes are held unpacked", n)
-	}
-}
-
-// Once closed, there is one try, and the loss is told in figures.
-func TestQueueEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-		q, log := r.queue(t)
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		q.put(points(0, 10))
-		time.Sleep(10 * time.Minute) // until it waits for its next try for a minute or so
-		q.put(points(10, 5))
-		closed := time.Now()
-		tries, _ := r.sofar()
-		q.close()
-		if err := <-done; err == nil || err.Error() != "15 metrics not delivered" {
-			t.Errorf("error %v", err)
-		}
-		if r.tries != tries+1 || time.Since(closed) != 0 {
-			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
-		}
-		if got := log.Take(); !strings.Contains(
-			got,
-			`level=ERROR msg="ending without having delivered everything" lost=15 error="connection refused"`,
-		) {
-			t.Errorf("logged\n%s", got)
-		}
-	})
-}
-
-// Refusals: what is to blame, the metrics or the receiver?
-
-func refusing(status int, bad func(value int) bool) func(int, []int) error {
-	return func(_ int, values []int) error {
-		if slices.ContainsFunc(values, bad) {
-			return &refusal{status: status, line: "missing fields"}
-		}
-		return nil
-	}
-}
-
-// arrived returns the values that r got, in order and each once.
-func (r *receiver) arrived() []int {
-	_, got := r.sofar()
-	slices.Sort(got)
-	return slices.Compact(got)
-}
-
-// Bad metrics are found wherever they are, and set aside; nothing else is given up with them.
-func TestDeliveryFindsBadMetrics(t *testing.T) {
-	for _, test := range []struct {
-		bad  []int
-		most int // requests
-	}{
-		{[]int{0}, 40}, {[]int{4999}, 40}, {[]int{1234, 1235}, 50},
-		{[]int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, 100}, {[]int{5, 1000, 2000, 3000, 4000}, 150},
-	} {
-		r := &receiver{fail: refusing(400, func(v int) bool { return slices.Contains(test.bad, v) })}
-		dir := newDir(t)
-		q, log := r.spooled(t, dir)
-		q.put(points(0, 5000))
-		q.close()
-		n := len(test.bad)
-		err := q.deliver(t.Context())
-		if want := fmt.Sprintf("%d metrics not delivered", n); err == nil || err.Error() != want {
-			t.Errorf("%v: error %v", test.bad, err)
-		}
-		var want []int
-		for v := range 5000 {
-			if !slices.Contains(test.bad, v) {
-				want = append(want, v)
-			}
-		}
-		if got := r.arrived(); !slices.Equal(got, want) {
-			t.Errorf("%v: %d arrived", test.bad, len(got))
-		}
-		if r.tries > test.most {
-			t.Errorf("%v: %d requests", test.bad, r.tries)
-		}
-		if got, want := figuresOf(q), fmt.Sprintf("sent %d, ", 5000-n); !strings.HasPrefix(got, want) ||
-			!strings.HasSuffix(got, fmt.Sprintf(" dropped %d", n)) {
-			t.Errorf("%v: its own figures are %s", test.bad, got)
-		}
-		left := files(t, dir)
-		if len(left) != 1 || !strings.HasSuffix(left[0], fmt.Sprintf("-%d.json.gz.bad", n)) {
-			t.Fatalf("%v: left %q", test.bad, left)
-		}
-		var kept []metric
-		for _, v := range test.bad {
-			kept = append(kept, points(v, 1)...)
-		}
-		if body, err := q.spool.read(left[0]); err != nil || string(body) != string(encode(kept)) {
-			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
-		}
-		got := log.Take()
-		if !strings.HasPrefix(
-			got,
-			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
-		) ||
-			!strings.Contains(got, `error="answer 400 Bad Request: missing fields"`) ||
-			!strings.Contains(got, `such_as="[{\"metric\":\"web.a\",\"value\":`) ||
-			!strings.Contains(got, " file="+left[0]) ||
-			strings.Count(got, "\n") != 1 {
-			t.Errorf("%v: logged %s", test.bad, got)
-		}
-	}
-}
-
-// What was set aside makes room when that is needed, and does not come back with the next run.
-func TestDeliverySetsAsideWithinTheLimit(t *testing.T) {
-	dir := newDir(t)
-	r := &receiver{fail: refusing(400, func(v int) bool { return v == 1 })}
-	q, _ := r.spooled(t, dir)
-	q.put(points(0, 10))
-	if err := q.try(t); err != nil {
-		t.Fatal(err)
-	}
-	aside := files(t, dir)
-	if len(aside) != 1 {
-		t.Fatalf("files %q", aside)
-	}
-	q.spool.close()
-	q, _ = r.spooled(t, dir)
-	if n := q.waiting(); n > 0 || !slices.Equal(files(t, dir), aside) {
-		t.Errorf("%d metrics wait in the next run, files %q", n, files(t, dir))
-	}
-	q.limit = 8 << 10
-	q.put(points(10, 1))
-	q.put(points(11, 1))
-	if left := files(t, dir); len(left) != 2 || slices.Contains(left, aside[0]) {
-		t.Errorf("left %q", left)
-	}
-}
-
-// However many are bad, and wherever, even if nothing else was accepted before; and a batch that
-// has only bad ones holds up no other.
-func TestDeliveryFindsManyBadMetrics(t *testing.T) {
-	for name, bad := range map[string]func(value int) bool{
-		"every 40th":      func(v int) bool { return v%40 == 0 },
-		"every 100th":     func(v int) bool { return v%100 == 99 },
-		"the first 1,000": func(v int) bool { return v < 1000 },
-		"every other":     func(v int) bool { return v < 600 && v%2 == 0 },
-		"the first batch": func(v int) bool { return v < 5000 },
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			r := &receiver{fail: refusing(400, bad)}
-			q, _ := r.queue(t)
-			q.put(points(0, 5000))
-			q.put(points(5000, 5))
-			done := make(chan error)
-			go func() { done <- q.deliver(t.Context()) }()
-			time.Sleep(time.Hour)
-			q.close()
-			count := 0
-			for v := range 5005 {
-				if bad(v) {
-					count++
-				}
-			}
-			err := <-done
-			if want := fmt.Sprintf("%d metrics not delivered", count); err == nil || err.Error() != want {
-				t.Errorf("%s: error %v", name, err)
-			}
-			if got := r.arrived(); len(got) != 5005-count || slices.ContainsFunc(got, bad) {
-				t.Errorf("%s: %d arrived", name, len(got))
-			}
-			// Each costs the way to it through the halves, and the probes.
-			if r.tries > 100+count*20 {
-				t.Errorf("%s: %d requests", name, r.tries)
-			}
-		})
-	}
-}
-
-// If every metric is refused, no metric is to blame: all are kept, with few requests a minute.
-func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
-	for _, size := range []int{1, 5, 5000} {
-		synctest.Test(t, func(t *testing.T) {
-			r := &receiver{}
-			q, log := r.queue(t)
-			begin := time.Now()
-			r.fail = func(int, []int) error {
-				if time.Since(begin) < 3*time.Minute-time.Second {
-					return &refusal{status: 400}
-				}
-				return nil
-			}
-			q.put(points(0, size))
-			done := make(chan error)
-			go func() { done <- q.deliver(t.Context()) }()
-			time.Sleep(time.Minute - time.Second)
-			if tries, _ := r.sofar(); tries > 2*16 {
-				t.Errorf("%d metrics: %d requests within a minute", size, tries)
-			}
-			time.Sleep(3 * time.Minute)
-			q.close()
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-			r.inOrder(t, 0, size)
-			if got := fmt.Sprint(r.sizes); got != fmt.Sprint([]int{size}) {
-				t.Errorf("requests of %s", got)
-			}
-			if got := log.Take(); strings.Count(got, "refuses metrics, keeping them") != 1 ||
-				strings.Count(got, "\n") != 2 {
-				t.Errorf("logged %s", got)
-			}
-		})
-	}
-}
-
-// A receiver that breaks down, and works again, in the midst of the search costs no other metrics.
-func TestDeliveryKeepsWhatABreakdownRefuses(t *testing.T) {
-	for breaks := 2; breaks < 20; breaks++ {
-		for works := breaks + 2; works < 60; works++ {
-			synctest.Test(t, func(t *testing.T) {
-				r := &receiver{fail: func(try int, values []int) error {
-					if try >= breaks && try < works || slices.Contains(values, 3) {
-						return &refusal{status: 400}
-					}
-					return nil
-				}}
-				q, _ := r.queue(t)
-				q.put(points(0, 20))
-				done := make(chan error)
-				go func() { done <- q.deliver(t.Context()) }()
-				time.Sleep(3 * time.Hour)
-				q.close()
-				if err := <-done; err == nil || err.Error() != "1 metrics not delivered" {
-					t.Errorf("from %d to %d: %v", breaks, works, err)
-				}
-				if got := r.arrived(); len(got) != 19 || slices.Contains(got, 3) {
-					t.Errorf("from %d to %d: arrived %v", breaks, works, got)
-				}
-				if r.tries > works+60 {
-					t.Errorf("from %d to %d: %d requests", breaks, works, r.tries)
-				}
-			})
-		}
-	}
-}
-
-// Once everything is refused, be it in the midst of a batch, there are few requests a minute, and
-// all arrives in the end.
-func TestDeliveryDoesNotHammer(t *testing.T) {
-	for _, status := range []int{400, 413} {
-		for _, taken := range []int{0, 1, 2} {
-			synctest.Test(t, func(t *testing.T) {
-				r := &receiver{}
-				q, _ := r.queue(t)
-				begin := time.Now()
-				r.fail = func(try int, values []int) error {
-					if len(values) > 200 || try > 3+taken && time.Since(begin) < 10*time.Minute {
-						return &refusal{status: status}
-					}
-					return nil
-				}
-				q.put(points(0, 1000))
-				done := make(chan error)
-				go func() { done <- q.deliver(t.Context()) }()
-				time.Sleep(10*time.Minute - time.Second)
-				if tries, _ := r.sofar(); tries > 10*32 {
-					t.Errorf("%d, %d taken: %d requests in 10 minutes", status, taken, tries)
-				}
-				time.Sleep(time.Hour)
-				q.close()
-				if err := <-done; err != nil {
-					t.Error(err)
-				}
-				if got := r.arrived(); len(got) != 1000 {
-					t.Errorf("%d, %d taken: %d arrived", status, taken, len(got))
-				}
-			})
-		}
-	}
-}
-
-// A limit for the size of requests, however small, costs few requests; the next batches keep to it.
-func TestDeliveryFindsAnyLimit(t *testing.T) {
-	for _, limit := range []int{1, 2, 39, 77, 1500, 4999} {
-		r := &receiver{fail: func(_ int, values []int) error {
-			if len(values) > limit {
-				return &refusal{status: 413}
-			}
-			return nil
-		}}
-		q, log := r.queue(t)
-		q.put(points(0, 5000))
-		q.put(points(5000, 5000))
-		q.put(points(10_000, 600))
-		q.close()
-		if err := q.deliver(t.Context()); err != nil {
-			t.Error(err)
-		}
-		r.inOrder(t, 0, 10_600)
-		if most := 15 + 3*10_600/limit; r.tries > most {
-			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
-		}
-		if got := log.Take(); got != "" {
-			t.Errorf("logged %s", got)
-		}
-	}
-}
-
-// A limit that was there for a moment does not make requests small for ever.
-func TestDeliveryForgetsALimit(t *testing.T) {
-	r := &receiver{fail: func(try int, values []int) error {
-		if try <= 8 {
-			return &refusal{status: 413}
-		}
-		return nil
-	}}
-	q, _ := r.queue(t)
-	const batches, size = 30, 300
-	for i := range batches {
-		q.put(points(i*size, size))
-	}
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
-	r.inOrder(t, 0, batches*size)
-	if last := r.sizes[len(r.sizes)-1]; last != size || r.tries > 150 {
-		t.Errorf("the last of %d requests was of %d", r.tries, last)
-	}
-}
-
-// A receiver that refuses what is too old takes all the rest, and what is of now at once.
-func TestDeliveryOutlastsWhatIsTooOld(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, _ := r.queue(t)
-		down, oldest := false, 0
-		set := func(isDown bool, since int) {
-			r.mu.Lock()
-			down, oldest = isDown, since
-			r.mu.Unlock()
-		}
-		r.fail = func(_ int, values []int) error {
-			if down {
-				return errors.New("connection refused")
-			}
-			return refusing(400, func(v int) bool { return v < oldest })(0, values)
-		}
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		put := func(i int) {
-			q.put(points(i*40, 40))
-			time.Sleep(time.Minute)
-		}
-		put(0) // of which one is known to be accepted
-		set(true, 0)
-		for i := 1; i <= 30; i++ {
-			put(i)
-		}
-		set(false, 29*40)
-		for i := 31; i <= 100; i++ {
-			put(i)
-			if _, got := r.sofar(); i > 33 && !slices.Contains(got, i*40) {
-				t.Errorf("batch %d waits for those that are too old", i)
-			}
-		}
-		q.close()
-		if err := <-done; err == nil || err.Error() != "1120 metrics not delivered" {
-			t.Error(err)
-		}
-		if got := r.arrived(); len(got) != 40+72*40 {
-			t.Errorf("%d arrived", len(got))
-		}
-	})
-}
-
-// If every second request is refused, or two of three, or every third or fourth, whatever is in it,
-// no metric is to blame.
-func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
-	for name, refused := range map[string]func(try int) bool{
-		"every second": func(try int) bool { return try%2 == 0 },
-		"every third":  func(try int) bool { return try%3 == 0 },
-		"every fourth": func(try int) bool { return try%4 == 0 },
-		"two of three": func(try int) bool { return try%3 != 0 },
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			r := &receiver{fail: func(try int, _ []int) error {
-				if refused(try) {
-					return &refusal{status: 400}
-				}
-				return nil
-			}}
-			q, _ := r.queue(t)
-			done := make(chan error)
-			go func() { done <- q.deliver(t.Context()) }()
-			const sweeps = 100
-			for i := range sweeps {
-				q.put(points(i*40, 40))
-				time.Sleep(time.Minute)
-			}
-			time.Sleep(time.Hour)
-			if got := r.arrived(); len(got) != sweeps*40 || !strings.HasSuffix(figuresOf(q), "dropped 0") {
-				t.Errorf("%s: of %d metrics %d arrived, %s", name, sweeps*40, len(got), figuresOf(q))
-			}
-			q.close()
-			<-done
-		})
-	}
-}
-
-// The search for many bad metrics holds up nothing.
-func TestDeliverySearchesBesideTheRest(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{fail: refusing(400, func(v int) bool { return v < 8000 && v%2 == 0 })}
-		q, _ := r.queue(t)
-		q.to.post = func(ctx context.Context, body []byte) error {
-			time.Sleep(10 * time.Millisecond)
-			return r.post(ctx, body)
-		}
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		q.put(points(0, 4000))
-		q.put(points(4000, 4000))
-		for i := range 100 {
-			q.put(points(8000+i, 1))
-			time.Sleep(time.Second)
-			if _, got := r.sofar(); !slices.Contains(got, 8000+i) {
-				t.Errorf("%d waits for those that are bad", i)
-			}
-		}
-		time.Sleep(time.Hour)
-		if got, want := figuresOf(q), "sent 4100, "; !strings.HasPrefix(got, want) ||
-			!strings.HasSuffix(got, "dropped 4000") {
-			t.Errorf("its own figures are %s", got)
-		}
-		q.close()
-		<-done
-	})
-}
-
-// When an answer says something else, the search ends, and goes on later.
-func TestDeliveryStopsSearchingAtAnotherAnswer(t *testing.T) {
-	for name, other := range map[string]error{
-		"429":       &refusal{status: 429, retryAfter: 10 * time.Minute},
-		"no answer": errors.New("no answer within 30s"),
-	} {
-		for at := range 12 {
-			synctest.Test(t, func(t *testing.T) {
-				r := &receiver{fail: func(try int, _ []int) error {
-					switch {
-					case try <= at:
-						return &refusal{status: 400}
-					case try == at+1:
-						return other
-					}
-					return nil
-				}}
-				q, _ := r.queue(t)
-				q.put(points(0, 4000))
-				if err := q.try(t); err != other || r.tries != at+1 {
-					t.Errorf("%s at %d: %d requests, %v", name, at, r.tries, err)
-				}
-				deliverAll(t, q)
-				if got := r.arrived(); len(got) != 4000 {
-					t.Errorf("%s at %d: %d arrived", name, at, len(got))
-				}
-			})
-		}
-	}
-}
-
-// After everything was refused, what is kept goes out in its order.
-func TestDeliveryKeepsTheOrderAcrossRefusals(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		begin := time.Now()
-		r.fail = func(int, []int) error {
-			if time.Since(begin) < 20*time.Minute {
-				return &refusal{status: 400}
-			}
-			return nil
-		}
-		q, _ := r.queue(t)
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		for i := range 20 {
-			q.put(points(i, 1))
-			time.Sleep(time.Minute)
-		}
-		time.Sleep(time.Hour)
-		q.close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		// The newest goes first.
-		if got := r.got[1:]; r.got[0] != 19 || !slices.IsSorted(got) {
-			t.Errorf("arrived %v", r.got)
-		}
-	})
-}
-
-// One of several Backstops behind a balancer is broken: everything arrives at the pace of the
-// polls, whichever request meets the broken one, and without a failed delivery.
-func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
-	for name, broken := range map[string]func(request int) bool{
-		"every second": func(n int) bool { return n%2 == 0 },
-		"every third":  func(n int) bool { return n%3 == 0 },
-		"every fourth": func(n int) bool { return n%4 == 0 },
-		"two of three": func(n int) bool { return n%3 != 0 },
-	} {
-		for phase := range 4 {
-			s := harness.NewStandIn(t)
-			s.Set(
-				"",
-				sometimes(
-					func(n int) bool { return broken(n + phase) },
-					harness.AnswerWith(503, ""),
-					http.HandlerFunc(s.Answer),
-				),
-			)
-			q, b, log := deliveringTo(t, s, false)
-			b.leadAfter = 0 // each batch comes after a pause
-			const sweeps = 20
-			want := ""
-			for i := range sweeps {
-				q.put(sampled(i, 10))
-				if err := q.try(t); err != nil {
-					t.Errorf("%s, phase %d, sweep %d: %v", name, phase, i, err)
-				}
-				want += asLines(sampled(i, 10))
-			}
-			if got := s.Lines(); got != sortedLines(want) || log.Take() != "" {
-				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
-			}
-		}
-	}
-}
-
-// useSpool gives r, which is in memory, a spool, as newRig does.
-func useSpool(r *rig, s *spool) error {
-	st, err := newStore(r.queue, s)
-	if err == nil {
-		r.spool, r.store = s, st
-		st.update()
-	}
-	return err
-}
-
-// Neither polls, nor deliveries, nor the end wait for a disk that hangs; what waits stays bounded.
-func TestStoreThatHangs(t *testing.T) {
-	r := &receiver{}
-	q, _ := r.spooled(t, newDir(t))
-	q.put(points(0, 1)) // which is on the disk
-	q.store.mu.Lock()   // as it is held while the disk works
-	done := make(chan error, 1)
-	go func() { done <- q.deliver(t.Context()) }()
-	go q.store.keep()
-	for i := range 20 {
-		q.queue.put(points(1+i, 1))
-	}
-	r.waitFor(t, 21)
-	q.close()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	r.inOrder(t, 0, 21)
-	q.store.mu.Unlock()
-	q.store.end() // so that nothing works in the folder any more
-}
-
-// What was delivered while the disk was busy with it leaves no file.
-func TestStoreIsOvertaken(t *testing.T) {
-	dir := newDir(t)
-	q, _ := (&receiver{}).spooled(t, dir)
-	q.queue.put(points(0, 1))
-	b, packed, count := q.store.nextToStore()
-	if err := q.send(t.Context(), b); err != nil {
-		t.Fatal(err)
-	}
-	f, err := q.spool.write(packed, b.oldest, count)
-	harness.Must(t, err)
-	q.store.hasStored(b, f, count)
-	q.store.update()
-	if left := files(t, dir); len(left) != 0 || q.waiting() != 0 {
-		t.Errorf("left %q, %d wait", left, q.waiting())
-	}
-}
-
-// A batch is not sent before it is on the disk, while that works.
-func TestStoreComesBeforeTheFirstTry(t *testing.T) {
-	dir := newDir(t)
-	r := &receiver{}
-	stored := 0
-	r.fail = func(int, []int) error {
-		stored = len(files(t, dir))
-		return nil
-	}
-	q, _ := r.spooled(t, dir)
-	done := make(chan error, 1)
-	go func() { done <- q.deliver(t.Context()) }()
-	go q.store.keep()
-	q.queue.put(points(0, 1))
-	r.waitFor(t, 1)
-	if stored != 1 {
-		t.Errorf("%d files when it was sent", stored)
-	}
-	q.close()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-}
-
-// A receiver that is too slow for a large request gets smaller ones.
-func TestDeliveryToASlowReceiver(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &receiver{}
-		q, _ := r.queue(t)
-		q.to.post = func(ctx context.Context, body []byte) error {
-			time.Sleep(min(time.Duration(len(body))*time.Second/6000, postTimeout))
-			if len(body) > 6000*30 {
-				return noAnswer(postTimeout)
-			}
-			return r.post(ctx, body)
-		}
-		q.put(points(0, 12_000)) // 840 KB
-		done := make(chan error)
-		go func() { done <- q.deliver(t.Context()) }()
-		time.Sleep(10 * time.Minute)
-		if got := r.arrived(); len(got) != 12_000 {
-			t.Errorf("%d arrived", len(got))
-		}
-		q.close()
-		<-done
-	})
 }
 
 // With a disk whose fsync takes half a minute, polls go on, what they bring arrives, and the daemon
