@@ -51,6 +51,7 @@ type engine struct {
 	changed atomic.Bool // whether an answer had another API version
 	api     string      // the highest API version of the engine, such as "1.41"; unknown: ""
 	oneShot bool        // whether it knows one-shot stats
+	podman  bool
 	clock   clock
 }
 
@@ -240,6 +241,7 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	}
 	// Engines that do not send their version are too old for one-shot.
 	e.api, e.oneShot = header.Get("Api-Version"), false
+	e.podman = header.Get("Libpod-Api-Version") != ""
 	e.changed.Store(false)
 	if api, err := docker.NewAPIVersion(e.api); err == nil {
 		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
@@ -416,11 +418,15 @@ const eventFilter = `{"type":["container"],` +
 	`"event":["start","die","died","oom","health_status: unhealthy","update"]}`
 
 // events returns what happened to containers between two times of the engine's, both included.
-// With until in the past, the engine answers at once, from its memory of the last 256 events.
+// With until in the past, the engine answers at once, from its memory of the last 256 events. Some
+// Podmans answer nothing then; there, it is what happened up to now.
 // API: #tag/System/operation/SystemEvents
 func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, error) {
-	query := url.Values{
-		"since": {unixNano(since)}, "until": {unixNano(until)}, "filters": {eventFilter},
+	query := url.Values{"since": {unixNano(since)}, "filters": {eventFilter}}
+	if e.podman {
+		query.Set("stream", "false")
+	} else {
+		query.Set("until", unixNano(until))
 	}
 	var body bytes.Buffer
 	if _, err := e.get(ctx, "/events?"+query.Encode(), maxAnswer, &body); err != nil {

@@ -494,14 +494,17 @@ func TestLivePodman(t *testing.T) {
 	})
 	do("import", harness.BusyboxTar(t, dir), "test")
 	// crun, the other runtime, is not to be found everywhere; nor may it raise its limits.
-	run := func(name, script string) {
-		do("run", "--detach", "--name", "dstb."+name, "--network", "none", "--ulimit", "nofile=1024:1024",
-			"--ulimit", "nproc=1000:1000",
-			"test", "/busybox", "timeout", "600", "/busybox", "sh", "-c", script)
+	run := func(name, script string, options ...string) {
+		do(slices.Concat([]string{"run", "--detach", "--name", "dstb." + name, "--network", "none",
+			"--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000"}, options,
+			[]string{"test", "/busybox", "timeout", "600", "/busybox", "sh", "-c", script})...)
 	}
 	run("busy", "while :; do :; done")
 	run("idle", "/busybox sleep 600")
 	run("stopped", "exit")
+	run("sick", "/busybox sleep 600", "--health-cmd", "/busybox false",
+		"--health-interval", "disable", "--health-retries", "1")
+	podman("healthcheck", "run", "dstb.sick").Run() // which fails, as it should
 	socket := dir + "/podman.sock"
 	service := podman("system", "service", "--time=0", "unix://"+socket)
 	harness.Must(t, service.Start())
@@ -523,9 +526,10 @@ func TestLivePodman(t *testing.T) {
 	log := &harness.Log{}
 	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.Logger())
 	c.sweep(t.Context())
+	run("late", "exit 3")
 	<-time.After(3 * time.Second) // the span that is measured
 	result := c.sweep(t.Context())
-	if got := log.Take(); result.err != nil || result.failed > 0 || result.running != 2 ||
+	if got := log.Take(); result.err != nil || result.failed > 0 || result.running != 3 ||
 		strings.Contains(got, "level=ERROR") {
 		t.Fatalf("%v, %d of %d failed: %s", result.err, result.failed, result.running, got)
 	}
@@ -537,6 +541,15 @@ func TestLivePodman(t *testing.T) {
 				t.Errorf("there is no %s%s: %v", of, name, named)
 			}
 		}
+	}
+	if m, there := named["sick.health"]; !there || m.value.n != 0 {
+		t.Errorf("the health of one whose check fails is %v, there %t", m, there)
+	}
+	if _, there := named["idle.health"]; there {
+		t.Errorf("idle has no health check, and a health")
+	}
+	if now := c.events; now.started.n != 1 || now.ended.n != 1 || now.failed.n != 1 {
+		t.Errorf("of one container that failed between two polls, the events tell %+v", now)
 	}
 	if cache, there := named["busy.memory.cache"]; there {
 		t.Errorf("Podman sends no cache, but there is %v", cache)
@@ -680,5 +693,66 @@ func TestLiveEngineIsKilled(t *testing.T) {
 	harness.Must(t, daemon.Process.Signal(syscall.SIGTERM))
 	if err := daemon.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)
+	}
+}
+
+// What happens between two polls is counted, once, whatever is left of it when the engine is asked.
+func TestLiveEvents(t *testing.T) {
+	e := harness.Usual(t)
+	c, log := liveCollector(t, e)
+	counted := func() (now [5]uint64) {
+		t.Helper()
+		named := map[string]uint64{}
+		for _, m := range c.sweep(t.Context()).metrics {
+			named[m.own] = m.value.n
+		}
+		for i, counter := range c.events.counters() {
+			n, there := named[counter.name]
+			if !there {
+				t.Fatalf("no %s", counter.name)
+			}
+			now[i] = n
+		}
+		return now
+	}
+	if first := counted(); first != [5]uint64{} {
+		t.Errorf("the first poll has %v", first)
+	}
+	// tail keeps what it has read, and this has no line end.
+	e.Run(t, "oom", "exec /busybox tail /dev/zero", docker.HostConfig{Memory: 6 << 20,
+		MemorySwap: 6 << 20, NetworkMode: "none"})
+	e.Run(t, "well", "exit 0", docker.HostConfig{NetworkMode: "none"})
+	for _, name := range []string{"oom", "well"} {
+		_, err := e.WaitContainer(e.Name(t, name))
+		harness.Must(t, err)
+		harness.Must(t, e.Remove(e.Name(t, name)))
+	}
+	// Other tests may use the engine, too.
+	var now [5]uint64
+	for deadline := time.Now().Add(time.Minute); now[0] < 2 || now[1] < 2 || now[2] < 1 || now[3] < 1; {
+		if now = counted(); time.Now().After(deadline) {
+			t.Fatalf("start, die, die_nonzero, oom, unhealthy are %v: %s", now, log.Take())
+		}
+	}
+	t.Log(now)
+}
+
+// The limit of CPUs is right again after an update.
+func TestLiveCPULimit(t *testing.T) {
+	e := harness.Usual(t)
+	c, _ := liveCollector(t, e)
+	id := e.Run(t, "limited", "", docker.HostConfig{NanoCPUs: 1_500_000_000, NetworkMode: "none"})
+	limit := func() string {
+		m := byName(t, c.sweep(t.Context()).metrics)["limited.cpu.limit"]
+		return string(m.value.append(nil))
+	}
+	if got := limit(); got != "1.5" {
+		t.Errorf("the limit is %s", got)
+	}
+	harness.Must(t, e.UpdateContainer(id, docker.UpdateContainerOptions{CpusetCpus: "0"}))
+	for deadline := time.Now().Add(time.Minute); limit() != "1"; {
+		if time.Now().After(deadline) {
+			t.Fatalf("after the update, the limit is %s", limit())
+		}
 	}
 }
