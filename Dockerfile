@@ -2,14 +2,18 @@
 #
 #   docker build -t docker-stats-to-backstop .
 #
-# The image it is built in: Go, Git (which has the version), a shell, and root certificates.
+# The image it is built in: Go, Git (which has the version), a shell, and root certificates. "linux" is
+# the builder's own processor, whatever the image is for: Go compiles for others.
 ARG GO_IMAGE=golang:1.26
-FROM ${GO_IMAGE} AS build
+FROM --platform=linux ${GO_IMAGE} AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-RUN CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o /out/ . && mkdir -m 1777 /out/spool
+# Set by BuildKit; empty, they mean the builder's own.
+ARG TARGETOS TARGETARCH TARGETVARIANT
+RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} \
+    go build -trimpath -ldflags='-s -w' -o /out/ . && mkdir -m 1777 /out/spool
 
 FROM scratch
 LABEL org.opencontainers.image.title="docker-stats-to-backstop" \
@@ -19,9 +23,9 @@ LABEL org.opencontainers.image.title="docker-stats-to-backstop" \
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /src/LICENSE /
 COPY --from=build /src/docs/third-party.md /THIRD_PARTY.md
-# With /spool, where whatever user it runs as can make a folder of its own; in a new volume that is mounted there, too.
+# With /spool, where any user can make a folder, also in a new volume.
 COPY --from=build /out/ /
 ENV SRV_SPOOL=/spool/metrics
-# Not root. It needs the group of the engine's socket as well, whose number is the host's: --group-add.
+# Not root. It also needs the group of the engine's socket, whose number is the host's: --group-add.
 USER 65532:65532
 ENTRYPOINT ["/docker-stats-to-backstop"]
