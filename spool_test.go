@@ -580,10 +580,10 @@ func TestSpoolCountsOn(t *testing.T) {
 		if err != nil || len(batches) != start+1 {
 			t.Fatalf("start %d finds %d batches, %v", start, len(batches), err)
 		}
-		b := &batch{packed: body, count: 1, oldest: 1795409680}
-		harness.Must(t, s.write(b))
-		if !spoolName.MatchString(b.file) {
-			t.Errorf("a file called %s", b.file)
+		f, err := s.write(body, 1795409680, 1)
+		harness.Must(t, err)
+		if !spoolName.MatchString(f.name) {
+			t.Errorf("a file called %s", f.name)
 		}
 		s.close()
 	}
