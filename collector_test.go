@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"os"
 	"regexp"
@@ -728,4 +729,491 @@ func TestFlowComesBack(t *testing.T) {
 			takes = time.Millisecond
 		}
 	})
+}
+
+// What real engines answer that others do not: see the reports named in the tests.
+
+// small is an engine of a few answers. A path that has none gets 404.
+type small struct {
+	*harness.Replay
+	answers map[string]string // to a path, without its query
+}
+
+// newSmall starts an engine whose list is that text, and returns a collector of it as well.
+func newSmall(t *testing.T, list string) (*small, *collector, *harness.Log) {
+	t.Helper()
+	s := &small{harness.NewReplay(t, "cgroup2"), map[string]string{
+		"/_ping": "OK", "/events": "", "/info": `{"Name":"h"}`, "/containers/json": list,
+	}}
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		answer, known := s.answers[r.URL.Path]
+		if !known {
+			w.WriteHeader(http.StatusNotFound)
+		}
+		io.WriteString(w, answer)
+	})
+	c, log := collecting(t, s.URL, 10*time.Second)
+	return s, c, log
+}
+
+// container makes a container known by its id.
+func (s *small) container(id, inspect, stats string) {
+	s.answers["/containers/"+id+"/json"] = inspect
+	s.answers["/containers/"+id+"/stats"] = stats
+}
+
+const (
+	smallStats   = `{"read":"2026-01-01T00:01:00Z","memory_stats":{"usage":1}}`
+	smallInspect = `{"State":{"Running":true,"StartedAt":"2026-01-01T00:00:00Z"},"RestartCount":3}`
+)
+
+func caseOf(t *testing.T, file string) string {
+	t.Helper()
+	return harness.ReadFile(t, "testdata/engine/cases/"+file)
+}
+
+// wants holds the metrics of a sweep to lines of "name value" or, behind "!", starts of names.
+func wants(t *testing.T, why string, result sweepResult, lines ...string) {
+	t.Helper()
+	got := "\n" + asLines(result.metrics)
+	for _, line := range lines {
+		name, without := strings.CutPrefix(line, "!")
+		if without == strings.Contains(got, "\n"+strings.TrimSpace(name)+" ") &&
+			(!without || strings.Contains(got, "\n"+name)) {
+			t.Errorf("%s: want %q, got%s", why, line, got)
+		}
+	}
+}
+
+// Fields that nobody here uses, and those that are broken, cost at most themselves.
+func TestWhatIsBrokenCostsItself(t *testing.T) {
+	for _, test := range []struct {
+		why, entry, inspect string
+		want                []string
+	}{
+		{"ports that are no numbers", `"Ports":[{"PrivatePort":"all"}]`, smallInspect,
+			[]string{"web.uptime 60", "web.restarts 3"}},
+		{"labels that are none", `"Labels":[1]`, smallInspect, []string{"web.uptime 60"}},
+		{"a label that is a number", `"Labels":{"a":1,"b":"x"}`, smallInspect,
+			[]string{"web.uptime 60"}},
+		{"a time of making that is text", `"Created":"yesterday"`, smallInspect,
+			[]string{"web.uptime 60"}},
+		{"a name that is a number", `"Names":[1,"/web"]`, smallInspect, []string{"web.uptime 60"}},
+		{"all that is not used", `"Ports":1,"Mounts":"","HostConfig":[],"NetworkSettings":0`,
+			smallInspect, []string{"web.uptime 60"}},
+		{"a health that is text", `"Health":"good"`, smallInspect,
+			[]string{"web.uptime 60", "!web.health"}},
+		{"no start", ``, caseOf(t, "inspect_volumes.json"),
+			[]string{"web.restarts 3", "!web.uptime", "web.memory.usage 1"}},
+		{"weights that are numbers", ``, `{"State":{"Running":true,` +
+			`"StartedAt":"2026-01-01T00:00:00Z"},"RestartCount":3,"HostConfig":` +
+			`{"NanoCpus":500000000,"BlkioWeightDevice":[{"Path":"/dev/sda","Weight":200}]}}`,
+			[]string{"web.restarts 3", "web.uptime 60", "web.cpu.limit 0.5"}},
+		{"a state that is text", ``, `{"State":"running","RestartCount":3}`,
+			[]string{"web.restarts 3", "!web.uptime"}},
+		{"a start of a board without a clock", ``,
+			`{"State":{"Running":true,"StartedAt":"1970-01-01T00:00:09Z"},"RestartCount":3}`,
+			[]string{"web.restarts 3", "!web.uptime"}},
+	} {
+		entry := `"Id":"1","Names":["/web"],"State":"running","Status":"Up 1 second"`
+		if test.entry != "" {
+			entry += "," + test.entry
+		}
+		s, c, log := newSmall(t, "[{"+entry+"}]")
+		s.container("1", test.inspect, smallStats)
+		result := c.sweep(t.Context())
+		wants(t, test.why, result, test.want...)
+		if got := log.Take(); result.failed != 0 || strings.Contains(got, "level=ERROR") {
+			t.Errorf("%s: %d failed, logged %s", test.why, result.failed, got)
+		}
+	}
+}
+
+// An entry of the list that is broken costs one container, with its name.
+func TestBrokenEntries(t *testing.T) {
+	s, c, log := newSmall(t, `[{"Names":["/lost"]},7,null,{"Id":"1","Names":["/web"]}]`)
+	s.container("1", smallInspect, smallStats)
+	for range 2 {
+		result := c.sweep(t.Context())
+		wants(t, "broken entries", result, "web.uptime 60", "h.metrics.failed 3",
+			"h.metrics.sampled 1", "h.containers.total 4")
+	}
+	got := log.Take()
+	if strings.Count(got, "level=ERROR") != 3 || !strings.Contains(got, `level=ERROR msg="container `+
+		`cannot be read" container=lost error="the engine's list has no id of it"`) {
+		t.Errorf("logged %s", got)
+	}
+	s.answers["/containers/json"] = strings.ReplaceAll(caseOf(t, "list_ports_all.json"),
+		`"Id": ""`, `"Id": "1"`)
+	if result := c.sweep(t.Context()); result.err != nil || result.running != 1 {
+		t.Errorf("%v, %d run", result.err, result.running)
+	}
+}
+
+// A name that is not the container's own is taken, told of once, and shown by --check.
+func TestNamesThatAreNone(t *testing.T) {
+	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+	for _, test := range []struct{ names, want, remark string }{
+		{`["/web"]`, "web", ""},
+		{`["web"]`, "web", ""}, // Podman's stats have them so
+		{`["/shop/db","/postgres"]`, "postgres", ""},
+		{`null`, id[:12], "it has none"},
+		{`[]`, id[:12], "it has none"},
+		{`[""]`, id[:12], "it has none"},
+		{`["/"]`, id[:12], "it has none"},
+		{`["/node-1/web"]`, "web", "the end of /node-1/web"},
+		{`["/node-1/"]`, id[:12], "it has none"},
+	} {
+		s, c, log := newSmall(t, `[{"Id":"`+id+`","Names":`+test.names+`}]`)
+		s.container(id, smallInspect, smallStats)
+		for range 2 {
+			wants(t, test.names, c.sweep(t.Context()), test.want+".uptime 60", "h.metrics.sampled 1",
+				"h.metrics.failed 0")
+		}
+		want := 0
+		if test.remark != "" {
+			want = 1
+		}
+		if got := log.Take(); strings.Count(got, "level=WARN") != want ||
+			!strings.Contains(got, test.remark) {
+			t.Errorf("%s: logged %s", test.names, got)
+		}
+		var table strings.Builder
+		ok, err := check(t.Context(), c, &table)
+		if !ok || err != nil || !strings.Contains(table.String(), "\n"+test.want+" ") ||
+			!strings.Contains(table.String(), test.remark) {
+			t.Errorf("%s: %t, %v\n%s", test.names, ok, err, table.String())
+		}
+	}
+}
+
+// Nothing is sent under the name of a host that is not known yet.
+func TestHostThatIsNotKnownYet(t *testing.T) {
+	own, _ := os.Hostname()
+	rule := `{"regexp":"^(.*)$","from":"label:x","into":"${host}.$1"}`
+	for _, test := range []struct {
+		why    string
+		answer http.HandlerFunc
+		host   string // "" for none
+	}{
+		{"hangs", harness.Hang, ""},
+		{"fails", harness.AnswerWith(500, "{}"), ""},
+		{"is no JSON", harness.AnswerWith(200, "<html>"), ""},
+		{"hangs up", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, ""},
+		{"is refused", harness.AnswerWith(403, "no"), own},
+		{"is not there", harness.AnswerWith(404, "no"), own},
+		{"has no name", harness.AnswerWith(200, "{}"), own},
+	} {
+		t.Run(test.why, func(t *testing.T) {
+			r := harness.NewReplay(t, "cgroup2")
+			var list []map[string]any
+			harness.Must(t, json.Unmarshal(r.Read("containers.json"), &list))
+			list = list[:2] // fx-paused, fx-two
+			list[0]["Labels"] = map[string]string{"x": "labelled"}
+			body, _ := json.Marshal(list)
+			r.On("/containers/json", harness.AnswerWith(200, string(body)))
+			r.On("/info", test.answer)
+			c, log := collecting(t, r.URL, time.Second)
+			c.containers.rules = mustRules(t, rule)
+			for range 2 {
+				lines := asLines(c.sweep(t.Context()).metrics)
+				hosts := regexp.MustCompile(`(?m)^(.*)\.containers\.total `).FindStringSubmatch(lines)
+				if test.host == "" && (hosts != nil || strings.Contains(lines, "labelled.")) ||
+					test.host != "" && (hosts == nil || hosts[1] != graphiteNode(test.host) ||
+						!strings.Contains(lines, graphiteNode(test.host)+".labelled.uptime ")) ||
+					!strings.Contains(lines, "fx-two.uptime ") {
+					t.Errorf("there is\n%s", lines)
+				}
+			}
+			if got := log.Take(); strings.Count(got, "does not tell") > 1 {
+				t.Errorf("logged %s", got)
+			}
+			r.On("/info", nil)
+			c.about.askedAt = time.Time{}
+			c.sweep(t.Context())
+			if lines := asLines(c.sweep(t.Context()).metrics); !strings.Contains(lines,
+				"\nvmtest.containers.total 2 ") || !strings.Contains(lines, "vmtest.labelled.uptime ") {
+				t.Errorf("well again, there is\n%s", lines)
+			}
+		})
+	}
+}
+
+// A container that is restarted again and again has few metrics and one line in the log.
+func TestCrashLoop(t *testing.T) {
+	entry := func(state, status string) string {
+		return `[{"Id":"1","Names":["/loop"],"State":"` + state + `","Status":"` + status + `"}]`
+	}
+	restarting := caseOf(t, "inspect_restarting.json")
+	waits := entry("restarting", "Restarting (1) 3 seconds ago")
+	s, c, log := newSmall(t, waits)
+	sweep := func(why, list, inspect, stats string, want ...string) string {
+		t.Helper()
+		s.answers["/containers/json"] = list
+		s.container("1", inspect, stats)
+		result := c.sweep(t.Context())
+		if result.failed != 0 {
+			t.Errorf("%s: it failed", why)
+		}
+		wants(t, why, result, want...)
+		return log.Take()
+	}
+	zero := caseOf(t, "zero_read.json")
+	got := sweep("at first", waits, restarting, zero, "loop.restarts 57", "!loop.uptime",
+		"!loop.memory", "h.containers.total 1", "h.containers.stopped 1", "h.containers.running 0",
+		"h.metrics.sampled 1")
+	if !strings.Contains(got, `level=WARN msg="container ends and is restarted again and again" `+
+		`container=loop restarts=57 exit_code=1`) {
+		t.Errorf("at first it logged %s", got)
+	}
+	again := strings.Replace(restarting, "57", "58", 1)
+	up := entry("running", "Up Less than a second")
+	got = sweep("up for a moment", up, smallInspect, smallStats, "loop.restarts 3", "loop.uptime 60")
+	got += sweep("down between list and stats", up, again, zero, "loop.restarts 58", "!loop.uptime")
+	got += sweep("gone for a moment", up, `{"State":{"Running":false}}`, zero, "!loop.")
+	got += sweep("waiting", waits, again, zero, "loop.restarts 58")
+	got += sweep("waiting, of an old engine", `[{"Id":"1","Names":["/loop"],`+
+		`"Status":"Restarting (1) 3 seconds ago"}]`, again, zero, "loop.restarts 58")
+	got += sweep("up when it was asked", waits, smallInspect, smallStats, "loop.uptime 60")
+	if got != "" {
+		t.Errorf("later it logged %s", got)
+	}
+	got = sweep("up for good", entry("running", "Up 2 minutes"), smallInspect, smallStats,
+		"loop.uptime 60")
+	if got != "level=INFO msg=\"container stays up again\" container=loop\n" {
+		t.Errorf("up for good it logged %s", got)
+	}
+}
+
+// Health is told by the list, in two ways, or by inspect alone.
+func TestHealth(t *testing.T) {
+	inspect := func(health string) string {
+		return `{"State":{"Running":true,"StartedAt":"2026-01-01T00:00:00Z","Health":{"Status":"` +
+			health + `"}}}`
+	}
+	for _, test := range []struct {
+		why, entry, inspect, want string
+		asks                      int // of two sweeps
+	}{
+		{"Docker", `"Status":"Up 2 hours (healthy)"`, inspect("healthy"), "web.health 1", 1},
+		{"Docker, unhealthy", `"Status":"Up 2 hours (unhealthy)"`, inspect("unhealthy"),
+			"web.health 0", 1},
+		{"Docker, starting", `"Status":"Up 2 hours (health: starting)"`, inspect("starting"),
+			"!web.health", 1},
+		{"Docker, paused", `"Status":"Up 2 hours (Paused)"`, inspect("healthy"), "web.health 1", 2},
+		{"API 1.52", `"Status":"Up 2 hours","Health":{"Status":"unhealthy","FailingStreak":3}`,
+			inspect("unhealthy"), "web.health 0", 1},
+		{"API 1.52, none", `"Status":"Up 2 hours","Health":{"Status":"none"}`, inspect("none"),
+			"!web.health", 1},
+		{"Podman 4", `"Status":"Up 2 hours"`, inspect("unhealthy"), "web.health 0", 2},
+		{"Podman 4, none", `"Status":"Up 2 hours"`, inspect(""), "!web.health", 1},
+		{"Podman 4, starting", `"Status":"Up 2 hours"`, inspect("starting"), "!web.health", 2},
+	} {
+		s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],`+test.entry+`}]`)
+		s.container("1", test.inspect, smallStats)
+		asked, handler := 0, s.Config.Handler
+		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/containers/1/json" {
+				asked++
+			}
+			handler.ServeHTTP(w, r)
+		})
+		for range 2 {
+			wants(t, test.why, c.sweep(t.Context()), test.want)
+		}
+		if asked != test.asks {
+			t.Errorf("%s: inspect was asked %d times, want %d", test.why, asked, test.asks)
+		}
+	}
+}
+
+func TestCPULimit(t *testing.T) {
+	for _, test := range []struct{ host, want string }{
+		{`{}`, ""},
+		{`{"NanoCpus":0,"CpuQuota":0,"CpuPeriod":0,"CpusetCpus":""}`, ""},
+		{`{"NanoCpus":1500000000}`, "1.5"},
+		{`{"CpuQuota":20000,"CpuPeriod":10000}`, "2"},
+		{`{"CpuQuota":20000}`, "0.2"},
+		{`{"CpusetCpus":"0-2,7"}`, "4"},
+		{`{"CpusetCpus":"0","NanoCpus":2000000000}`, "1"},
+		{`{"CpusetCpus":"0-","NanoCpus":2000000000}`, "2"},
+		{`{"CpusetCpus":"3-1"}`, ""},
+	} {
+		now, err := decodeLoosely[inspected]([]byte(`{"HostConfig":` + test.host + `}`))
+		harness.Must(t, err)
+		got := ""
+		if limit := now.cpuLimit(); limit > 0 {
+			v, _ := decimal(limit)
+			got = string(v.append(nil))
+		}
+		if got != test.want {
+			t.Errorf("%s: %s, want %s", test.host, got, test.want)
+		}
+	}
+}
+
+// Uptime goes by the engine's clock, and one warning says how far that is off.
+func TestEngineWithAnotherClock(t *testing.T) {
+	for _, ahead := range []time.Duration{0, 20 * time.Second, 2 * time.Hour, -3 * time.Hour} {
+		s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 1 minute"}]`)
+		handler := s.Config.Handler
+		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			now := time.Now().Add(ahead)
+			w.Header().Set("Date", now.UTC().Format(http.TimeFormat))
+			s.answers["/info"] = `{"Name":"h","SystemTime":"` + now.Format(time.RFC3339Nano) + `"}`
+			s.container("1", `{"State":{"Running":true,"StartedAt":"`+
+				now.Add(-time.Minute).Format(time.RFC3339Nano)+`"}}`,
+				`{"read":"`+now.Format(time.RFC3339Nano)+`"}`)
+			if r.URL.Path == "/events" {
+				until := r.URL.Query().Get("until")
+				if until > unixNano(now) || until < unixNano(now.Add(-time.Second)) {
+					t.Errorf("events are asked up to %s, it is %s", until, unixNano(now))
+				}
+			}
+			handler.ServeHTTP(w, r)
+		})
+		for range 2 {
+			lines := asLines(c.sweep(t.Context()).metrics)
+			if !regexp.MustCompile(`(?m)^web\.uptime (59|60) `).MatchString(lines) {
+				t.Errorf("ahead by %s\n%s", ahead, lines)
+			}
+		}
+		got := log.Take()
+		if want := ahead.Abs() > maxSkew; (strings.Count(got, "level=WARN") == 1) != want ||
+			want && !strings.Contains(got, "ahead="+ahead.String()) {
+			t.Errorf("ahead by %s, it logged %s", ahead, got)
+		}
+	}
+}
+
+// pastEvents is an engine's memory of events.
+type pastEvents struct {
+	all     []string // JSON
+	asked   int
+	refused bool
+}
+
+// add remembers an event.
+func (p *pastEvents) add(id, action, attributes string, at time.Time) {
+	p.all = append(p.all, fmt.Sprintf(`{"status":%q,"id":%q,"Type":"container","Action":%q,`+
+		`"Actor":{"ID":%q,"Attributes":{%s}},"time":%d,"timeNano":%d}`,
+		action, id, action, id, attributes, at.Unix(), at.UnixNano()))
+	p.all = p.all[max(0, len(p.all)-256):]
+}
+
+func (p *pastEvents) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.asked++
+	if p.refused {
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	for _, text := range p.all {
+		var one event
+		json.Unmarshal([]byte(text), &one)
+		at := unixNano(time.Unix(0, one.TimeNano))
+		if q := r.URL.Query(); at >= q.Get("since") && at <= q.Get("until") {
+			fmt.Fprintln(w, text)
+		}
+	}
+}
+
+// Each event is counted once, also at the border of two polls, over a new start of the engine, and
+// after a clock was set back.
+func TestEventsAreCountedOnce(t *testing.T) {
+	r := harness.NewReplay(t, "cgroup2")
+	r.On("/info", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(w, `{"Name":"vmtest","SystemTime":%q}`, time.Now().Format(time.RFC3339Nano))
+	})
+	// Longer ago than a call takes, and within what is asked for again
+	lately := func() time.Time { return time.Now().Add(-time.Second) }
+	past := &pastEvents{}
+	r.On("/events", past.ServeHTTP)
+	c, log := collecting(t, r.URL, 10*time.Second)
+	past.add("old", "die", `"exitCode":"1"`, lately())
+	expect := func(why string, start, die, failed, oom, unhealthy int) {
+		t.Helper()
+		wants(t, why, c.sweep(t.Context()), fmt.Sprintf("vmtest.events.start %d", start),
+			fmt.Sprintf("vmtest.events.die %d", die), fmt.Sprintf("vmtest.events.die_nonzero %d", failed),
+			fmt.Sprintf("vmtest.events.oom %d", oom), fmt.Sprintf("vmtest.events.unhealthy %d", unhealthy))
+	}
+	expect("at first", 0, 0, 0, 0, 0)
+	border := c.events.until
+	past.add("a", "start", ``, border.Add(-time.Nanosecond)) // told late
+	past.add("a", "oom", ``, border)
+	past.add("a", "die", `"exitCode":"137"`, border.Add(1))
+	past.add("b", "health_status: unhealthy", ``, border.Add(2))
+	past.add("b", "die", `"exitCode":"0"`, border.Add(3))
+	past.add("b", "die", ``, border.Add(3)) // twice the same
+	for range 3 {
+		expect("then", 1, 2, 1, 1, 1)
+	}
+	c.events.until = c.events.until.Add(time.Hour) // the engine's clock was an hour ahead
+	past.add("c", "die", `"exitCode":"2"`, lately())
+	expect("set back", 1, 3, 2, 1, 1)
+	past.all = nil
+	expect("a new engine", 1, 3, 2, 1, 1)
+	past.add("a", "start", ``, lately())
+	expect("and its first event", 2, 3, 2, 1, 1)
+
+	r.On("/events", harness.AnswerWith(500, "{}"))
+	past.add("a", "die", `"exitCode":"0"`, lately())
+	expect("while it fails", 2, 3, 2, 1, 1)
+	r.On("/events", past.ServeHTTP)
+	expect("and what was meanwhile", 2, 4, 2, 1, 1)
+	past.all = append(past.all, `{"Type":"container","Action":7,"timeNano":"x"}`)
+	expect("with one that is broken", 2, 4, 2, 1, 1)
+	log.Take()
+
+	past.refused = true
+	for range 2 {
+		result := c.sweep(t.Context())
+		wants(t, "refused", result, "!vmtest.events.", "vmtest.containers.total 6")
+	}
+	if got := log.Take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, "/events") {
+		t.Errorf("refused, it logged %s", got)
+	}
+}
+
+// A steady poll is one list, one stats call for each container, and one question for events. An
+// update makes one inspect more.
+func TestSteadyPoll(t *testing.T) {
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+	past := &pastEvents{}
+	var mu sync.Mutex
+	asked := map[string]int{}
+	handler := s.Config.Handler
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		asked[r.URL.Path]++
+		mu.Unlock()
+		if r.URL.Path == "/events" {
+			past.ServeHTTP(w, r)
+			return
+		}
+		handler.ServeHTTP(w, r)
+	})
+	s.container("1", smallInspect, smallStats)
+	expect := func(why string, want map[string]int) {
+		t.Helper()
+		clear(asked)
+		c.sweep(t.Context())
+		if fmt.Sprint(asked) != fmt.Sprint(want) {
+			t.Errorf("%s: asked %v, want %v", why, asked, want)
+		}
+	}
+	steady := map[string]int{"/containers/json": 1, "/containers/1/stats": 1, "/events": 1}
+	expect("first", map[string]int{"/_ping": 1, "/info": 1, "/containers/json": 1,
+		"/containers/1/stats": 1, "/containers/1/json": 1, "/events": 1})
+	expect("steady", steady)
+	past.add("1", "update", ``, time.Now().Add(-time.Second))
+	s.container("1", `{"State":{"Running":true},"HostConfig":{"NanoCpus":250000000}}`, smallStats)
+	updated := maps.Clone(steady)
+	updated["/containers/1/json"] = 1
+	expect("updated", updated)
+	wants(t, "updated", c.sweep(t.Context()), "web.cpu.limit 0.25")
+	expect("steady again", steady)
+	c.about.askedAt = time.Now().Add(-refresh - time.Second)
+	later := maps.Clone(steady)
+	later["/info"] = 1
+	expect("after ten minutes", later)
 }
