@@ -354,7 +354,7 @@ func nameOf(listed *listed) (name, remark string) {
 		}
 	}
 	const short = 12
-	return cmp.Or(listed.ID[:min(len(listed.ID), short)], "?"), "it has none"
+	return cmp.Or(fit(listed.ID, short), "?"), "it has none"
 }
 
 // runs reports whether a container in a list of all of them is one of those that run.
