@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -115,9 +116,15 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 
 const wantEndpoint = "want one such as unix:///var/run/docker.sock or tcp://host:2375"
 
+// hostAndPort matches an address that lacks its scheme, such as localhost:2375.
+var hostAndPort = regexp.MustCompile(`^([\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]+$`)
+
 // parseEndpoint reads an engine's address. The scheme of u is unix, npipe, http or https. tlsConfig
 // is nil if TLS is not wanted.
 func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err error) {
+	if hostAndPort.MatchString(endpoint) {
+		return nil, nil, fmt.Errorf("no scheme in it; write tcp://%s", endpoint)
+	}
 	u, err = url.Parse(endpoint)
 	if err != nil {
 		// The error of url.Parse repeats its input, which may hold a password.
@@ -149,6 +156,11 @@ func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err erro
 func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
 	if u.Hostname() == "" || strings.Contains(u.Path, "@") {
 		return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
+	}
+	if port := u.Port(); port != "" {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return nil, fmt.Errorf("no port has the number %s; they go from 1 to 65535", port)
+		}
 	}
 	if u.Scheme != "http" {
 		if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
@@ -589,10 +601,32 @@ func isConnectionError(err error) bool {
 		!errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
 }
 
+// notASocket returns what is at the path of a socket that could not be dialed, if it is something
+// else.
+func notASocket(err error) string {
+	var op *net.OpError
+	if !errors.As(err, &op) || op.Net != "unix" || op.Addr == nil {
+		return ""
+	}
+	found, err := os.Stat(op.Addr.String())
+	switch {
+	case err != nil:
+		return ""
+	case found.IsDir():
+		return "a folder"
+	case found.Mode().IsRegular():
+		return "a plain file"
+	}
+	return ""
+}
+
 // engineHint returns what to do about an engine that cannot be reached, after "; ", or nothing.
 func engineHint(err error) string {
 	var status *docker.Error
 	says := func(text string) bool { return strings.Contains(err.Error(), text) }
+	if kind := notASocket(err); kind != "" {
+		return "; that is " + kind + ", not the engine's socket"
+	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"

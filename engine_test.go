@@ -56,11 +56,18 @@ func TestEngineAddresses(t *testing.T) {
 	for _, test := range []struct{ endpoint, want string }{
 		{"docker.sock", "no scheme in it; want one such as unix:///var/run/docker.sock or " +
 			"tcp://host:2375"},
-		{"docker:2375", `cannot speak docker://; want unix://, tcp://, http:// or https://`},
+		{"docker:2375", `no scheme in it; write tcp://docker:2375`},
+		{"localhost:2375", `no scheme in it; write tcp://localhost:2375`},
+		{"127.0.0.1:2375", `no scheme in it; write tcp://127.0.0.1:2375`},
+		{"[::1]:2375", `no scheme in it; write tcp://[::1]:2375`},
+		{"docker:socket", `cannot speak docker://; want unix://, tcp://, http:// or https://`},
+		{"me:secret@docker:2375", `cannot speak me://`},
 		{"unix://docker.sock", "a unix socket needs an absolute path, with three slashes"},
 		{"unix://", "a unix socket needs an absolute path"},
 		{"tcp://:2375", "no host in it; the form is tcp://host:port"},
-		{"tcp://docker:0", "want a URL such as"},
+		{"tcp://docker:0", "no port has the number 0; they go from 1 to 65535"},
+		{"tcp://docker:65536", "no port has the number 65536; they go from 1 to 65535"},
+		{"https://docker:99999999999999999999", "they go from 1 to 65535"},
 		{"http://user:12/secret@docker", "no host in it"},
 		{"ssh://me@docker", "cannot speak ssh://; want unix://, tcp://"},
 		{"http://u:secret@%zz", "not a URL; want one such as"},
@@ -280,5 +287,40 @@ func TestEngineHints(t *testing.T) {
 	}
 	if hint := engineHint(errors.New("else")); hint != "" {
 		t.Errorf("anything else: %s", hint)
+	}
+}
+
+// A path that is no socket is told of as what it is.
+func TestSocketThatIsNone(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "docker.sock")
+	harness.Must(t, os.WriteFile(file, nil, 0o600))
+	for path, want := range map[string]string{
+		dir:  "; that is a folder, not the engine's socket",
+		file: "; that is a plain file, not the engine's socket",
+	} {
+		e, err := newEngine("unix://"+path, time.Second)
+		harness.Must(t, err)
+		if _, err = e.hello(t.Context()); err == nil || engineHint(err) != want {
+			t.Errorf("%s: %v%s", path, err, engineHint(err))
+		}
+	}
+}
+
+// A proxy that forbids a call is told which one.
+func TestForbiddenCallsAreNamed(t *testing.T) {
+	for path, want := range map[string]string{
+		"/_ping": "GET /_ping", "/containers/json": "GET /containers/json", "/info": "GET /info",
+		"/events": "GET /events", "/containers/fx-two/stats": "/stats",
+		"/containers/fx-two/json": "/json",
+	} {
+		r := harness.NewReplay(t, "cgroup2")
+		r.On(path, harness.AnswerWith(http.StatusForbidden, "<html>no"))
+		c, log := collecting(t, r.URL, time.Second)
+		c.sweep(t.Context())
+		if got := log.Take(); !strings.Contains(got, "API error (403): <html>no; the engine, or a "+
+			"proxy before it, forbids GET /") || !strings.Contains(got, want+`"`) {
+			t.Errorf("%s: logged %s", path, got)
+		}
 	}
 }
