@@ -209,6 +209,9 @@ func (c *collector) askAll(
 	metrics = make([]metric, 0, c.size)
 	errs = make([]error, len(asked))
 	var mu sync.Mutex // of metrics
+	if c.engine.inTicks {
+		c.flow.inTicks()
+	}
 	c.flow.run(len(asked), func(i int) {
 		b := buffers.Get().(*buffer)
 		defer buffers.Put(b)

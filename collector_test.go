@@ -657,6 +657,17 @@ func TestFlow(t *testing.T) {
 	atTick := func(int) time.Duration {
 		return time.Until(time.Now().Truncate(time.Second).Add(time.Second))
 	}
+	// As an engine on a host with other work, which may hold it up for longer.
+	busy := func(i int) time.Duration {
+		if i%50 == 40 {
+			return 120 * time.Millisecond
+		}
+		return time.Duration(10+i%40) * time.Millisecond
+	}
+	stops := func(int) time.Duration { // all of them at the same time
+		into := time.Duration(time.Now().UnixNano()) % (400 * time.Millisecond)
+		return 5*time.Millisecond + max(0, 110*time.Millisecond-into)
+	}
 	oneHangs := func(i int) time.Duration {
 		if i == 3 {
 			return 10 * time.Second
@@ -673,6 +684,8 @@ func TestFlow(t *testing.T) {
 		firstSweep time.Duration // at most
 	}{
 		{"at once", atOnce, 0, 1000, 0, fewInFlight, 200 * time.Millisecond, 200 * time.Millisecond},
+		{"busy", busy, 0, 100, 0, fewInFlight, time.Second, time.Second},
+		{"stops now and then", stops, 0, 1000, 0, 2 * fewInFlight, time.Second, time.Second},
 		{"at its tick", atTick, 0, 300, 300 * time.Millisecond, 300, time.Second, time.Second},
 		{"at its tick, which is near", atTick, 0, 300, 970 * time.Millisecond, 300, time.Second,
 			2 * time.Second},

@@ -52,6 +52,7 @@ type engine struct {
 	changed atomic.Bool // whether an answer had another API version
 	api     string      // the highest API version of the engine, such as "1.41"; unknown: ""
 	oneShot bool        // whether it knows one-shot stats
+	inTicks bool        // whether it is known to answer for stats once a second only
 	podman  bool
 	clock   clock
 }
@@ -258,7 +259,18 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 	if api, err := docker.NewAPIVersion(e.api); err == nil {
 		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
 	}
-	return header.Get("Server"), nil
+	server = header.Get("Server")
+	e.inTicks = !e.oneShot || collectsInTicks(server)
+	return server, nil
+}
+
+// collectsInTicks reports whether a server is a Docker engine before 23.0.8 or 24.0.7: those know
+// one-shot, but wait for the next tick of their collector all the same.
+func collectsInTicks(server string) bool {
+	var major, minor, patch int
+	n, _ := fmt.Sscanf(server, "Docker/%d.%d.%d", &major, &minor, &patch)
+	return n == 3 &&
+		(major < 23 || minor == 0 && (major == 23 && patch < 8 || major == 24 && patch < 7))
 }
 
 // count is a number that an engine may have sent. Unlike a pointer, it needs no allocation.

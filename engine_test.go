@@ -324,3 +324,17 @@ func TestForbiddenCallsAreNamed(t *testing.T) {
 		}
 	}
 }
+
+func TestEnginesThatAnswerInTicks(t *testing.T) {
+	for server, want := range map[string]bool{
+		"Docker/20.10.24 (linux)": true, "Docker/17.05.0-ce (linux)": true,
+		"Docker/23.0.7 (linux)": true, "Docker/23.0.8 (linux)": false,
+		"Docker/24.0.6 (linux)": true, "Docker/24.0.7 (linux)": false,
+		"Docker/25.0.0-rc.1 (linux)": false, "Docker/29.1.2 (linux)": false,
+		"Docker/dev (linux)": false, "Libpod/4.3.1 (linux)": false, "": false,
+	} {
+		if got := collectsInTicks(server); got != want {
+			t.Errorf("%q: %t", server, got)
+		}
+	}
+}

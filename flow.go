@@ -12,22 +12,23 @@ const (
 	fewInFlight = 16
 	// maxInFlight keeps the number of open files within the usual limit of 1,024.
 	maxInFlight = 512
-	// After a stall without an answer, more calls are sent. Engines that answer at once take a few
-	// milliseconds.
-	stall = 20 * time.Millisecond
-	// A silence with several calls in flight shows that the engine does not answer at once.
+	// After a silence, more calls are sent. Engines that answer at once take a few milliseconds, or
+	// some tens when they are busy: more calls would not help those.
 	silence = 100 * time.Millisecond
-	// After so many sweeps without a silence, an engine is trusted to answer at once. One is not
+	// After so many sweeps without much silence, an engine is trusted to answer at once. One is not
 	// enough: a sweep that begins just before the engine's tick sees no silence.
 	patience = 10
 )
 
 // flow limits the calls in flight. It begins with a few, and doubles that whenever there is no
-// answer for a while. With an engine where that is usual, it begins with all.
+// answer for a while. With an engine that answers at its ticks, it begins with all.
 type flow struct {
 	limit int // fixed number of calls, 0 to find it out
 	all   int // sweeps left that begin with all
 }
+
+// inTicks says that the engine is known to answer once a second only.
+func (f *flow) inTicks() { f.all = patience }
 
 // run calls do with 0 to n-1, each in its own goroutine, and returns when all are done.
 func (f *flow) run(n int, do func(i int)) {
@@ -42,21 +43,24 @@ func (f *flow) run(n int, do func(i int)) {
 	var (
 		wait     sync.WaitGroup
 		answers  = make(chan struct{}, n)
-		timer    = time.NewTimer(stall)
+		timer    = time.NewTimer(silence)
 		inFlight = 0
-		last     = time.Now() // when there was the last answer
+		start    = time.Now()
+		last     = start // when there was the last answer
+		silent   time.Duration
 		answered = func() {
-			if time.Since(last) > silence && inFlight >= fewInFlight/2 { // fewer may just hang
-				f.all = patience
+			now := time.Now()
+			if now.Sub(last) > silence && inFlight >= fewInFlight/2 { // fewer may just hang
+				silent += now.Sub(last)
 			}
-			last = time.Now()
+			last = now
 			inFlight--
 		}
 	)
 	defer timer.Stop()
 	for i := range n {
 		for inFlight >= allowed {
-			timer.Reset(stall)
+			timer.Reset(silence)
 			select {
 			case <-answers:
 				answered()
@@ -80,4 +84,7 @@ func (f *flow) run(n int, do func(i int)) {
 		answered()
 	}
 	wait.Wait()
+	if silent > last.Sub(start)/2 { // one that is busy is silent now and then, too
+		f.inTicks()
+	}
 }
