@@ -22,9 +22,7 @@ var onePoint = encode([]metric{{"", "web.a", whole(1), 1795409680}})
 func mustBackstop(t testing.TB, url string) *backstop {
 	t.Helper()
 	b, err := newBackstop(url)
-	if err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, err)
 	t.Cleanup(b.transport.CloseIdleConnections)
 	return b
 }
@@ -33,9 +31,7 @@ func TestPost(t *testing.T) {
 	s := harness.NewStandIn(t)
 	s.Set("user:p@ss/w%rd", nil)
 	b := mustBackstop(t, s.At("user:p%40ss%2Fw%25rd", "/publish/docker/"))
-	if err := b.post(t.Context(), encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409681}})); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, b.post(t.Context(), encode([]metric{{"", "web.a", whole(1), 1795409680}, {"", "web.b", whole(2), 1795409681}})))
 	if got, want := s.Lines(), "web.a 1 1795409680\nweb.b 2 1795409681\n"; got != want {
 		t.Errorf("arrived:\n%swant\n%s", got, want)
 	}
@@ -297,9 +293,7 @@ func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 		s := harness.NewStandIn(t)
 		b := mustBackstop(t, s.URL+"/publish/docker")
 		b.leadPause = test.pause
-		if err := b.post(t.Context(), onePoint); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, b.post(t.Context(), onePoint))
 		s.RestartCarbon(test.roundTrip)
 		b.asked = time.Now().Add(-test.idle)
 		if err := b.post(t.Context(), encode(metrics)); err != nil {

@@ -36,7 +36,7 @@ func points(from, n int) []metric {
 	return metrics
 }
 
-// receiver takes metrics, and fails as it is told.
+// receiver stands in for Backstop. It keeps the values it gets, and fails as a test tells it.
 type receiver struct {
 	fail func(attempt int, values []int) error
 
@@ -81,21 +81,21 @@ func (r *receiver) post(_ context.Context, body []byte) error {
 	return nil
 }
 
-// sofar returns the number of tries, and the values that arrived.
+// sofar returns the number of tries and the values that arrived.
 func (r *receiver) sofar() (tries int, got []int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.tries, slices.Clone(r.got)
 }
 
-// arrived returns the values that r got, in order and each once.
+// arrived returns the values that arrived, sorted, each once.
 func (r *receiver) arrived() []int {
 	_, got := r.sofar()
 	slices.Sort(got)
 	return slices.Compact(got)
 }
 
-// waitFor waits until so many values have arrived.
+// waitFor waits until that many values have arrived.
 func (r *receiver) waitFor(t *testing.T, values int) {
 	t.Helper()
 	r.mu.Lock()
@@ -117,7 +117,7 @@ func (r *receiver) waitFor(t *testing.T, values int) {
 	}
 }
 
-// inOrder tells whether r got the points from to to-1, each once, oldest first.
+// inOrder checks that the values of [from, to) arrived, each once, oldest first.
 func (r *receiver) inOrder(t *testing.T, from, to int) {
 	t.Helper()
 	if len(r.got) != to-from {
@@ -132,6 +132,7 @@ func (r *receiver) inOrder(t *testing.T, from, to int) {
 	}
 }
 
+// refusing returns a failure for requests with a bad value in them.
 func refusing(status int, bad func(value int) bool) func(int, []int) error {
 	return func(_ int, values []int) error {
 		if slices.ContainsFunc(values, bad) {
@@ -148,7 +149,8 @@ type rig struct {
 	spool *spool // nil: in memory
 }
 
-// newRig returns a rig that holds up to limit bytes, in memory or, if dir is not "", in a spool there.
+// newRig returns a rig that holds up to limit bytes, in a spool in dir, or in memory if dir is "",
+// and its log.
 func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harness.Log) {
 	t.Helper()
 	log := &harness.Log{}
@@ -165,9 +167,7 @@ func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harne
 }
 
 // queue returns a rig for r that holds up to 1 MiB in memory, and its log.
-func (r *receiver) queue(
-	t testing.TB,
-) (*rig, *harness.Log) {
+func (r *receiver) queue(t testing.TB) (*rig, *harness.Log) {
 	return newRig(t, r.destination(), 1<<20, "")
 }
 
@@ -176,7 +176,7 @@ func (r *receiver) spooled(t testing.TB, dir string) (*rig, *harness.Log) {
 	return newRig(t, r.destination(), 1<<20, dir)
 }
 
-// useSpool gives r, which is in memory, a spool, as newRig does.
+// useSpool gives a rig in memory a spool, as newRig does.
 func useSpool(r *rig, s *spool) error {
 	st, err := newStore(r.queue, s)
 	if err == nil {
@@ -186,23 +186,23 @@ func useSpool(r *rig, s *spool) error {
 	return err
 }
 
-// put queues metrics and, if there is a spool, waits until it has had its turn.
+// put queues metrics and waits until the spool, if any, has written them.
 func (r *rig) put(metrics []metric) {
 	r.queue.put(metrics)
 	r.store.update()
 }
 
-// put puts batches of about a kilobyte each, from that number on.
-func (r *receiver) put(q *rig, from, batches int) {
+// fill puts batches of about a kilobyte each, numbered from that one on.
+func (r *rig) fill(from, batches int) {
 	for i := range batches {
-		q.put(points(1_000_000+(from+i)*100, 100))
+		r.put(points(1_000_000+(from+i)*100, 100))
 	}
 }
 
-// next returns the batch whose turn it is.
+// next returns the batch to send next.
 func (r *rig) next() *batch { return r.queue.next(r.newest, r.rest) }
 
-// try makes one try of delivery.
+// try sends one batch.
 func (r *rig) try(t testing.TB) error {
 	defer r.store.update()
 	return r.send(t.Context(), r.next())
@@ -216,7 +216,21 @@ func (r *rig) waiting() (metrics int) {
 	return metrics
 }
 
-// deliverAll delivers what is in q and ends it.
+// logged checks that there are that many new lines in the log, and all these texts.
+func logged(t testing.TB, log *harness.Log, lines int, texts ...string) {
+	t.Helper()
+	got := log.Take()
+	if n := strings.Count(got, "\n"); n != lines {
+		t.Errorf("%d lines logged, want %d:\n%s", n, lines, got)
+	}
+	for _, text := range texts {
+		if !strings.Contains(got, text) {
+			t.Errorf("logged\n%swant %s", got, text)
+		}
+	}
+}
+
+// deliverAll closes q and delivers all that is in it.
 func deliverAll(t *testing.T, q *rig) {
 	t.Helper()
 	q.close()
@@ -228,9 +242,12 @@ func deliverAll(t *testing.T, q *rig) {
 // figuresOf returns q's own figures, such as "sent 1, retried 0, dropped 0".
 func figuresOf(q *rig) string {
 	own := asLines(q.own("h", time.Unix(1, 0)))
-	m := regexp.MustCompile(`h\.metrics\.sent (\d+) 1\nh\.metrics\.retried (\d+) 1\nh\.metrics\.dropped (\d+) 1\n`).
-		FindStringSubmatch(own)
-	return fmt.Sprintf("sent %s, retried %s, dropped %s", m[1], m[2], m[3])
+	var figures []string
+	for _, name := range []string{"sent", "retried", "dropped"} {
+		m := regexp.MustCompile(`(?m)^h\.metrics\.` + name + ` (\d+) 1$`).FindStringSubmatch(own)
+		figures = append(figures, name+" "+m[1])
+	}
+	return strings.Join(figures, ", ")
 }
 
 func TestQueueDeliversInBatches(t *testing.T) {
@@ -247,12 +264,10 @@ func TestQueueDeliversInBatches(t *testing.T) {
 	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
 		t.Errorf("requests of %s", got)
 	}
-	if got := log.Take(); got != "" {
-		t.Errorf("logged %s", got)
-	}
+	logged(t, log, 0)
 }
 
-// Sampling goes on while nothing can be delivered, and nothing is lost nor out of order.
+// While nothing can be delivered, sampling goes on. In the end all has arrived, in order.
 func TestQueueOutlastsAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
@@ -275,11 +290,11 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 			t.Error(err)
 		}
 		r.inOrder(t, 0, 200)
-		if got, want := figuresOf(q), fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20)); got != want {
+		want := fmt.Sprintf("sent 200, retried %d, dropped 0", 10*(r.tries-20))
+		if got := figuresOf(q); got != want {
 			t.Errorf("its own figures are %s after %d tries, want %s", got, r.tries, want)
 		}
-		// Exponential with jitter, from 1 s to 1 min: not thousands of tries, and none that waits
-		// for long.
+		// Exponential backoff with jitter, from 1 s to 1 min: few tries, but no long pause.
 		if r.tries < 20+10 || r.tries > 20+40 {
 			t.Errorf("%d tries", r.tries)
 		}
@@ -288,18 +303,18 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 				t.Errorf("a pause of %s", pause)
 			}
 		}
-		want := regexp.MustCompile(
-			`^level=ERROR msg="Backstop unreachable, keeping metrics" since=2026-11-23T04:54:40Z error="connection refused"
-level=INFO msg="Backstop reachable again, metrics that were kept are delivered" metrics=1[0-2]0 last=\S+
-$`,
-		)
-		if got := log.Take(); !want.MatchString(got) {
-			t.Errorf("logged\n%swant\n%s", got, want)
+		lines := regexp.MustCompile(
+			`^level=ERROR msg="Backstop unreachable, keeping metrics" ` +
+				`since=2026-11-23T04:54:40Z error="connection refused"\n` +
+				`level=INFO msg="Backstop reachable again, metrics that were kept are delivered" ` +
+				`metrics=1[0-2]0 last=\S+\n$`)
+		if got := log.Take(); !lines.MatchString(got) {
+			t.Errorf("logged\n%swant\n%s", got, lines)
 		}
 	})
 }
 
-// A backlog does not hold up what is measured now, and goes out oldest first.
+// Fresh metrics do not wait for the backlog, which goes out oldest first.
 func TestQueueFreshGoesFirst(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
@@ -330,16 +345,14 @@ func TestQueueFreshGoesFirst(t *testing.T) {
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if got := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 }); !slices.Equal(
-			got,
-			[]int{0, 1, 2, 3, 4},
-		) {
+		backlog := slices.DeleteFunc(slices.Clone(r.got), func(v int) bool { return v == 100 })
+		if want := []int{0, 1, 2, 3, 4}; !slices.Equal(backlog, want) {
 			t.Errorf("arrived %v", r.got)
 		}
 	})
 }
 
-// What waits is packed; only what is sent at once is not.
+// Waiting batches are packed, but the one that is sent at once.
 func TestQueueKeepsNothingUnpacked(t *testing.T) {
 	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
 	q, _ := r.queue(t)
@@ -366,55 +379,41 @@ func TestQueueIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
 		q, log := r.queue(t)
-		r.put(q, 0, 2)
+		q.fill(0, 2)
 		fit := int(q.limit / q.batches[1].size) // the first is not packed
-		r.put(q, 2, 4*fit-1)
+		q.fill(2, 4*fit-1)
 		lost := 4*fit + 1 - len(q.batches)
 		if _, bytes := q.size(); bytes > q.limit || bytes < q.limit*8/10 {
 			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
 		}
-		// Never more than one line a minute, and nothing untold.
-		if got := log.Take(); strings.Count(got, "\n") != 1 ||
-			!strings.Contains(
-				got,
-				`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
-			) ||
-			!strings.Contains(got, ` limit=1MiB`) {
-			t.Errorf("logged %s", got)
-		}
+		// At most one line a minute, but each loss is in one.
+		logged(t, log, 1, `level=ERROR msg="no room for more metrics; the oldest are given up" `+
+			`metrics=100 from=`, ` limit=1MiB`)
 		time.Sleep(time.Minute)
 		held := len(q.batches)
-		r.put(q, 4*fit+1, 1)
+		q.fill(4*fit+1, 1)
 		lost += held + 1 - len(q.batches)
-		want := fmt.Sprintf(
-			`metrics=%d from=%s until=%s`,
-			100*(lost-1),
-			inUTC(points(1_000_100, 1)[0].time),
-			inUTC(points(1_000_000+100*(lost-1), 1)[0].time),
-		)
-		if got := log.Take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, want) {
-			t.Errorf("logged %swant %s", got, want)
-		}
-		// The batch that is under way is not given up: it may just arrive.
+		from := inUTC(points(1_000_100, 1)[0].time)
+		until := inUTC(points(1_000_000+100*(lost-1), 1)[0].time)
+		logged(t, log, 1, fmt.Sprintf("metrics=%d from=%s until=%s", 100*(lost-1), from, until))
+		// The batch in flight is not dropped: it may just arrive.
 		if q.next() != q.batches[0] {
 			t.Fatal("not the oldest")
 		}
 		first := q.inFlight
 		held = len(q.batches)
-		r.put(q, 4*fit+2, 1)
+		q.fill(4*fit+2, 1)
 		if q.batches[0] != first || len(q.batches) > held {
-			t.Error("the batch in flight was given up")
+			t.Error("the batch in flight was dropped")
 		}
-		if got, want := figuresOf(q), fmt.Sprintf("dropped %d", 100*(4*fit+3-len(q.batches))); !strings.HasSuffix(
-			got,
-			want,
-		) {
+		want := fmt.Sprintf(" dropped %d", 100*(4*fit+3-len(q.batches)))
+		if got := figuresOf(q); !strings.HasSuffix(got, want) {
 			t.Errorf("its own figures are %s, want %s", got, want)
 		}
 	})
 }
 
-// What has arrived of a batch before it is given up is not counted as given up, nor kept.
+// Of a dropped batch, what has arrived before is neither counted as dropped nor kept.
 func TestQueueCountsWhatArrived(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{fail: func(try int, values []int) error {
@@ -434,10 +433,8 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 		if len(got) == 0 || len(got) == 4000 || q.waiting() != 4000-len(got) {
 			t.Errorf("%d arrived, %d are left", len(got), q.waiting())
 		}
-		if figures, want := figuresOf(q), fmt.Sprintf("sent %d, ", len(got)); !strings.HasPrefix(
-			figures,
-			want,
-		) {
+		want := fmt.Sprintf("sent %d, ", len(got))
+		if figures := figuresOf(q); !strings.HasPrefix(figures, want) {
 			t.Errorf("its own figures are %s, want %s", figures, want)
 		}
 		q.mu.Lock()
@@ -445,16 +442,12 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 		q.bound()
 		q.tellLoss(true)
 		q.mu.Unlock()
-		if lines, want := log.Take(), fmt.Sprintf("the oldest are given up\" metrics=%d ", 4000-len(got)); !strings.Contains(
-			lines,
-			want,
-		) {
+		want = fmt.Sprintf(`the oldest are given up" metrics=%d `, 4000-len(got))
+		if lines := log.Take(); !strings.Contains(lines, want) {
 			t.Errorf("logged\n%swant %s", lines, want)
 		}
-		if figures, want := figuresOf(q), fmt.Sprintf(" dropped %d", 4000-len(got)); !strings.HasSuffix(
-			figures,
-			want,
-		) {
+		want = fmt.Sprintf(" dropped %d", 4000-len(got))
+		if figures := figuresOf(q); !strings.HasSuffix(figures, want) {
 			t.Errorf("its own figures are %s, want %s", figures, want)
 		}
 		q.close()
@@ -462,8 +455,8 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 	})
 }
 
-// What was dropped for want of room is logged, all of it and with its times, at the end of an
-// outage or of the daemon at the latest.
+// All that is dropped as there is no room is logged with its times, at the latest when the outage
+// or the daemon ends.
 func TestQueueTellsAllThatWasDropped(t *testing.T) {
 	for _, ends := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
@@ -479,10 +472,10 @@ func TestQueueTellsAllThatWasDropped(t *testing.T) {
 			q.limit = 3000
 			done := make(chan error)
 			go func() { done <- q.deliver(t.Context()) }()
-			r.put(q, 0, 1)
+			q.fill(0, 1)
 			synctest.Wait()
-			r.put(q, 1, 20) // the first loss is logged at once
-			r.put(q, 21, 5)
+			q.fill(1, 20) // the first loss is logged at once
+			q.fill(21, 5)
 			lost := 2600 - q.waiting()
 			if !ends {
 				r.mu.Lock()
@@ -507,7 +500,7 @@ func TestQueueTellsAllThatWasDropped(t *testing.T) {
 	}
 }
 
-// Once closed, there is one try, and the loss is told in figures.
+// A closed queue makes one more try, then logs how many metrics are lost.
 func TestQueueEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
@@ -526,16 +519,15 @@ func TestQueueEnds(t *testing.T) {
 		if r.tries != tries+1 || time.Since(closed) != 0 {
 			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
 		}
-		if got := log.Take(); !strings.Contains(
-			got,
-			`level=ERROR msg="ending without having delivered everything" lost=15 error="connection refused"`,
-		) {
-			t.Errorf("logged\n%s", got)
+		want := `level=ERROR msg="ending without having delivered everything" ` +
+			`lost=15 error="connection refused"`
+		if got := log.Take(); !strings.Contains(got, want) {
+			t.Errorf("logged\n%swant %s", got, want)
 		}
 	})
 }
 
-// A batch is not sent before it is on the disk, while that works.
+// A batch is on the disk before it is sent, as long as the disk works.
 func TestStoreComesBeforeTheFirstTry(t *testing.T) {
 	dir := newDir(t)
 	r := &receiver{}
@@ -559,15 +551,13 @@ func TestStoreComesBeforeTheFirstTry(t *testing.T) {
 	}
 }
 
-// What was delivered while the disk was busy with it leaves no file.
+// A batch that is delivered while its file is being written leaves no file.
 func TestStoreIsOvertaken(t *testing.T) {
 	dir := newDir(t)
 	q, _ := (&receiver{}).spooled(t, dir)
 	q.queue.put(points(0, 1))
 	b, packed, count := q.store.nextToStore()
-	if err := q.send(t.Context(), b); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, q.send(t.Context(), b))
 	f, err := q.spool.write(packed, b.oldest, count)
 	harness.Must(t, err)
 	q.store.hasStored(b, f, count)
@@ -577,11 +567,11 @@ func TestStoreIsOvertaken(t *testing.T) {
 	}
 }
 
-// Neither polls, nor deliveries, nor the end wait for a disk that hangs; what waits stays bounded.
+// Polls, deliveries and the end of the daemon do not wait for a disk that hangs.
 func TestStoreThatHangs(t *testing.T) {
 	r := &receiver{}
 	q, _ := r.spooled(t, newDir(t))
-	q.put(points(0, 1)) // which is on the disk
+	q.put(points(0, 1)) // it is on the disk
 	q.store.mu.Lock()   // as it is held while the disk works
 	done := make(chan error, 1)
 	go func() { done <- q.deliver(t.Context()) }()
@@ -596,23 +586,26 @@ func TestStoreThatHangs(t *testing.T) {
 	}
 	r.inOrder(t, 0, 21)
 	q.store.mu.Unlock()
-	q.store.end() // so that nothing works in the folder any more
+	q.store.end() // nothing writes to the folder from here on
 }
 
-// How long it waits after an answer.
+// The pause before a retry depends on the answer.
 func TestDeliveryPace(t *testing.T) {
+	const fails, refuses = "Backstop fails, keeping metrics",
+		"Backstop refuses metrics, keeping them until that is mended"
+	soon, late := 500*time.Millisecond, 1500*time.Millisecond
 	for _, test := range []struct {
 		err         error
 		least, most time.Duration
 		message     string
 	}{
-		{errors.New("connection refused"), 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop unreachable, keeping metrics"},
-		{&refusal{status: 500}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
-		{&refusal{status: 408}, 500 * time.Millisecond, 1500 * time.Millisecond, "Backstop fails, keeping metrics"},
-		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, "Backstop fails, keeping metrics"},
-		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, "Backstop fails, keeping metrics"},
-		{&refusal{status: 401}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
-		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, "Backstop refuses metrics, keeping them until that is mended"},
+		{errors.New("connection refused"), soon, late, "Backstop unreachable, keeping metrics"},
+		{&refusal{status: 500}, soon, late, fails},
+		{&refusal{status: 408}, soon, late, fails},
+		{&refusal{status: 503, retryAfter: 7 * time.Second}, 7 * time.Second, 8 * time.Second, fails},
+		{&refusal{status: 429, retryAfter: time.Hour}, time.Hour, time.Hour + time.Second, fails},
+		{&refusal{status: 401}, time.Minute, time.Minute, refuses},
+		{&refusal{status: 301, retryAfter: time.Hour}, time.Minute, time.Minute, refuses},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			r := &receiver{}
@@ -641,7 +634,7 @@ func TestDeliveryPace(t *testing.T) {
 	}
 }
 
-// Each trouble is told once in an outage, however often it comes and goes.
+// Each error is logged once in an outage, even if it comes and goes.
 func TestDeliveryIsQuiet(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
@@ -698,7 +691,7 @@ func TestDeliveryToASlowReceiver(t *testing.T) {
 	})
 }
 
-// A limit for the size of requests, however small, costs few requests; the next batches keep to it.
+// Finding a limit for the size of requests costs few requests, and the next batches respect it.
 func TestDeliveryFindsAnyLimit(t *testing.T) {
 	for _, limit := range []int{1, 2, 39, 77, 1500, 4999} {
 		r := &receiver{fail: func(_ int, values []int) error {
@@ -719,13 +712,11 @@ func TestDeliveryFindsAnyLimit(t *testing.T) {
 		if most := 15 + 3*10_600/limit; r.tries > most {
 			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
 		}
-		if got := log.Take(); got != "" {
-			t.Errorf("logged %s", got)
-		}
+		logged(t, log, 0)
 	}
 }
 
-// A limit that was there for a moment does not make requests small for ever.
+// After a short-lived limit, requests grow again.
 func TestDeliveryForgetsALimit(t *testing.T) {
 	r := &receiver{fail: func(try int, values []int) error {
 		if try <= 8 {
@@ -748,7 +739,7 @@ func TestDeliveryForgetsALimit(t *testing.T) {
 	}
 }
 
-// Bad metrics are found wherever they are, and set aside; nothing else is given up with them.
+// Bad metrics are found at any position and set aside. No other metric is dropped with them.
 func TestDeliveryFindsBadMetrics(t *testing.T) {
 	for _, test := range []struct {
 		bad  []int
@@ -779,8 +770,9 @@ func TestDeliveryFindsBadMetrics(t *testing.T) {
 		if r.tries > test.most {
 			t.Errorf("%v: %d requests", test.bad, r.tries)
 		}
-		if got, want := figuresOf(q), fmt.Sprintf("sent %d, ", 5000-n); !strings.HasPrefix(got, want) ||
-			!strings.HasSuffix(got, fmt.Sprintf(" dropped %d", n)) {
+		sent, dropped := fmt.Sprintf("sent %d, ", 5000-n), fmt.Sprintf(" dropped %d", n)
+		got := figuresOf(q)
+		if !strings.HasPrefix(got, sent) || !strings.HasSuffix(got, dropped) {
 			t.Errorf("%v: its own figures are %s", test.bad, got)
 		}
 		left := files(t, dir)
@@ -794,22 +786,16 @@ func TestDeliveryFindsBadMetrics(t *testing.T) {
 		if body, err := q.spool.read(left[0]); err != nil || string(body) != string(encode(kept)) {
 			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
 		}
-		got := log.Take()
-		if !strings.HasPrefix(
-			got,
+		logged(t, log, 1,
 			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
-		) ||
-			!strings.Contains(got, `error="answer 400 Bad Request: missing fields"`) ||
-			!strings.Contains(got, `such_as="[{\"metric\":\"web.a\",\"value\":`) ||
-			!strings.Contains(got, " file="+left[0]) ||
-			strings.Count(got, "\n") != 1 {
-			t.Errorf("%v: logged %s", test.bad, got)
-		}
+			`error="answer 400 Bad Request: missing fields"`,
+			`such_as="[{\"metric\":\"web.a\",\"value\":`,
+			" file="+left[0])
 	}
 }
 
-// However many are bad, and wherever, even if nothing else was accepted before; and a batch that
-// has only bad ones holds up no other.
+// Any number of bad metrics is found at any position, even if nothing was accepted before. A batch
+// of nothing but bad ones does not hold up the others.
 func TestDeliveryFindsManyBadMetrics(t *testing.T) {
 	for name, bad := range map[string]func(value int) bool{
 		"every 40th":      func(v int) bool { return v%40 == 0 },
@@ -840,7 +826,7 @@ func TestDeliveryFindsManyBadMetrics(t *testing.T) {
 			if got := r.arrived(); len(got) != 5005-count || slices.ContainsFunc(got, bad) {
 				t.Errorf("%s: %d arrived", name, len(got))
 			}
-			// Each costs the way to it through the halves, and the probes.
+			// Each costs the halves on the way to it, and the probes.
 			if r.tries > 100+count*20 {
 				t.Errorf("%s: %d requests", name, r.tries)
 			}
@@ -848,15 +834,13 @@ func TestDeliveryFindsManyBadMetrics(t *testing.T) {
 	}
 }
 
-// What was set aside makes room when that is needed, and does not come back with the next run.
+// Metrics that were set aside make room for others, and the next run does not send them.
 func TestDeliverySetsAsideWithinTheLimit(t *testing.T) {
 	dir := newDir(t)
 	r := &receiver{fail: refusing(400, func(v int) bool { return v == 1 })}
 	q, _ := r.spooled(t, dir)
 	q.put(points(0, 10))
-	if err := q.try(t); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, q.try(t))
 	aside := files(t, dir)
 	if len(aside) != 1 {
 		t.Fatalf("files %q", aside)
@@ -874,7 +858,7 @@ func TestDeliverySetsAsideWithinTheLimit(t *testing.T) {
 	}
 }
 
-// The search for many bad metrics holds up nothing.
+// The search for many bad metrics does not hold up the others.
 func TestDeliverySearchesBesideTheRest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{fail: refusing(400, func(v int) bool { return v < 8000 && v%2 == 0 })}
@@ -895,8 +879,8 @@ func TestDeliverySearchesBesideTheRest(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Hour)
-		if got, want := figuresOf(q), "sent 4100, "; !strings.HasPrefix(got, want) ||
-			!strings.HasSuffix(got, "dropped 4000") {
+		got := figuresOf(q)
+		if !strings.HasPrefix(got, "sent 4100, ") || !strings.HasSuffix(got, " dropped 4000") {
 			t.Errorf("its own figures are %s", got)
 		}
 		q.close()
@@ -904,7 +888,7 @@ func TestDeliverySearchesBesideTheRest(t *testing.T) {
 	})
 }
 
-// When an answer says something else, the search ends, and goes on later.
+// An answer of another kind stops the search, which goes on later.
 func TestDeliveryStopsSearchingAtAnotherAnswer(t *testing.T) {
 	for name, other := range map[string]error{
 		"429":       &refusal{status: 429, retryAfter: 10 * time.Minute},
@@ -935,7 +919,7 @@ func TestDeliveryStopsSearchingAtAnotherAnswer(t *testing.T) {
 	}
 }
 
-// If every metric is refused, no metric is to blame: all are kept, with few requests a minute.
+// If every metric is refused, no metric is to blame: all are kept, and requests are few.
 func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
 	for _, size := range []int{1, 5, 5000} {
 		synctest.Test(t, func(t *testing.T) {
@@ -972,7 +956,7 @@ func TestDeliveryKeepsWhatIsRefusedAltogether(t *testing.T) {
 	}
 }
 
-// A receiver that breaks down, and works again, in the midst of the search costs no other metrics.
+// A receiver that breaks down during the search, and recovers, costs no other metric.
 func TestDeliveryKeepsWhatABreakdownRefuses(t *testing.T) {
 	for breaks := 2; breaks < 20; breaks++ {
 		for works := breaks + 2; works < 60; works++ {
@@ -1003,8 +987,8 @@ func TestDeliveryKeepsWhatABreakdownRefuses(t *testing.T) {
 	}
 }
 
-// Once everything is refused, be it in the midst of a batch, there are few requests a minute, and
-// all arrives in the end.
+// While everything is refused, even from the middle of a batch on, there are few requests a minute,
+// and all arrives in the end.
 func TestDeliveryDoesNotHammer(t *testing.T) {
 	for _, status := range []int{400, 413} {
 		for _, taken := range []int{0, 1, 2} {
@@ -1038,7 +1022,7 @@ func TestDeliveryDoesNotHammer(t *testing.T) {
 	}
 }
 
-// After everything was refused, what is kept goes out in its order.
+// After everything was refused, the backlog goes out in order.
 func TestDeliveryKeepsTheOrderAcrossRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
@@ -1068,7 +1052,7 @@ func TestDeliveryKeepsTheOrderAcrossRefusals(t *testing.T) {
 	})
 }
 
-// A receiver that refuses what is too old takes all the rest, and what is of now at once.
+// A receiver that refuses old metrics gets all the others, and fresh ones at once.
 func TestDeliveryOutlastsWhatIsTooOld(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &receiver{}
@@ -1113,8 +1097,7 @@ func TestDeliveryOutlastsWhatIsTooOld(t *testing.T) {
 	})
 }
 
-// If every second request is refused, or two of three, or every third or fourth, whatever is in it,
-// no metric is to blame.
+// If a fixed share of the requests is refused, no metric is to blame.
 func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
 	for name, refused := range map[string]func(try int) bool{
 		"every second": func(try int) bool { return try%2 == 0 },
@@ -1138,8 +1121,9 @@ func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
 				time.Sleep(time.Minute)
 			}
 			time.Sleep(time.Hour)
-			if got := r.arrived(); len(got) != sweeps*40 || !strings.HasSuffix(figuresOf(q), "dropped 0") {
-				t.Errorf("%s: of %d metrics %d arrived, %s", name, sweeps*40, len(got), figuresOf(q))
+			figures := figuresOf(q)
+			if got := r.arrived(); len(got) != sweeps*40 || !strings.HasSuffix(figures, "dropped 0") {
+				t.Errorf("%s: of %d metrics %d arrived, %s", name, sweeps*40, len(got), figures)
 			}
 			q.close()
 			<-done
@@ -1147,26 +1131,18 @@ func TestDeliveryBlamesNoMetricForAFlappingReceiver(t *testing.T) {
 	}
 }
 
-// sampled returns a sweep of n metrics, the time of which is that of the sweep's number.
+// sampled returns n metrics of the sweep with that number.
 func sampled(sweep, n int) []metric {
 	metrics := make([]metric, n)
 	for i := range metrics {
-		metrics[i] = metric{
-			"",
-			fmt.Sprintf("web.m%d", i),
-			whole(uint64(sweep)),
-			1795409680 + int64(sweep)*60,
-		}
+		name, at := fmt.Sprintf("web.m%d", i), 1795409680+int64(sweep)*60
+		metrics[i] = metric{"", name, whole(uint64(sweep)), at}
 	}
 	return metrics
 }
 
-// sometimes is a fault of some of the requests, counted from 1.
-func sometimes(
-	when func(request int) bool,
-	fault http.HandlerFunc,
-	else_ http.Handler,
-) http.HandlerFunc {
+// sometimes is a fault of some requests, counted from 1. well answers the others.
+func sometimes(when func(request int) bool, fault, well http.HandlerFunc) http.HandlerFunc {
 	var mu sync.Mutex
 	n := 0
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -1177,7 +1153,7 @@ func sometimes(
 		if now {
 			fault(w, r)
 		} else {
-			else_.ServeHTTP(w, r)
+			well(w, r)
 		}
 	}
 }
@@ -1217,8 +1193,8 @@ func drips(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// deliveringTo returns a rig for the stand-in, in memory or with a spool, that does not wait for
-// long, and its log.
+// deliveringTo returns a rig with short pauses for the stand-in, with or without a spool, and its
+// log.
 func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backstop, *harness.Log) {
 	t.Helper()
 	b := mustBackstop(t, s.URL+"/publish/docker")
@@ -1236,6 +1212,7 @@ func sortedLines(text string) string {
 	return strings.Join(harness.AllOf(`(?m)^(.*\n)`, text), "")
 }
 
+// Whatever goes wrong with sockets or answers, everything that was sampled arrives.
 func TestEverythingArrives(t *testing.T) {
 	first := func(n int) func(int) bool { return func(request int) bool { return request <= n } }
 	everyThird := func(request int) bool { return request%3 != 0 }
@@ -1244,24 +1221,24 @@ func TestEverythingArrives(t *testing.T) {
 		why  string
 		when func(request int) bool
 		do   http.HandlerFunc
-		// The client gives a request up and may be back before the server has noticed.
+		// The client ends a request, and may send the next before the server notices.
 		overlaps bool
 	}
 	faults := []fault{
 		{"none", first(0), nil, false},
 		{"reset before the body was read", first(5), resets(false), true},
 		{"reset after the body was read", first(5), resets(true), true},
-		{"500 now and then", everyThird, harness.AnswerWith(500, "<h1>Errno::ECONNREFUSED</h1>"), false},
+		{"500 now and then", everyThird, harness.AnswerWith(500, "<h1>ECONNREFUSED</h1>"), false},
 		{"503 with Retry-After", first(2), func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "1")
 			w.WriteHeader(503)
 		}, false},
 		{"429", everyThird, harness.AnswerWith(429, ""), false},
 		{"408", everyThird, harness.AnswerWith(408, ""), false},
-		{"401, then mended", first(3), harness.AnswerWith(401, "Not authorized\n"), false},
-		{"404, then mended", first(3), harness.AnswerWith(404, "unknown prefix"), false},
-		{"302, then mended", first(3), harness.AnswerWith(302, ""), false},
-		{"400 to everything, then mended", first(200), harness.AnswerWith(400, "<html>"), false},
+		{"401, then repaired", first(3), harness.AnswerWith(401, "Not authorized\n"), false},
+		{"404, then repaired", first(3), harness.AnswerWith(404, "unknown prefix"), false},
+		{"302, then repaired", first(3), harness.AnswerWith(302, ""), false},
+		{"400 to everything, then repaired", first(200), harness.AnswerWith(400, "<html>"), false},
 		{"hangs", first(2), harness.Hang, true},
 		{"one byte a second", first(2), drips, true},
 	}
@@ -1270,7 +1247,7 @@ func TestEverythingArrives(t *testing.T) {
 			t.Run(f.why+", "+where, func(t *testing.T) {
 				t.Parallel()
 				s := harness.NewStandIn(t)
-				s.Set("", sometimes(f.when, f.do, http.HandlerFunc(s.Answer)))
+				s.Set("", sometimes(f.when, f.do, s.Answer))
 				q, b, log := deliveringTo(t, s, where == "spool")
 				b.timeout, s.Patient = 2*time.Second, f.overlaps
 				ctx, cancel := context.WithCancel(t.Context())
@@ -1292,9 +1269,9 @@ func TestEverythingArrives(t *testing.T) {
 				if got := s.Lines(); got != sortedLines(want) {
 					t.Errorf("what arrived is not what was sampled")
 				}
-				if held := asLines(q.own("h", time.Unix(1, 0))); !strings.Contains(held, ".spooled 0 ") ||
-					!strings.Contains(held, ".dropped 0 ") {
-					t.Errorf("in the end\n%s", held)
+				own := asLines(q.own("h", time.Unix(1, 0)))
+				if !strings.Contains(own, ".spooled 0 ") || !strings.Contains(own, ".dropped 0 ") {
+					t.Errorf("in the end\n%s", own)
 				}
 				if q.spool != nil {
 					if left := files(t, q.spool.dir); len(left) != 0 {
@@ -1306,12 +1283,10 @@ func TestEverythingArrives(t *testing.T) {
 	}
 }
 
-// Nobody listens for a while.
+// Backstop is down for a while.
 func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, err)
 	address := listener.Addr().String()
 	listener.Close()
 	s := harness.UnstartedStandIn(t.Errorf)
@@ -1326,14 +1301,12 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 	}
 	harness.AwaitText(t, log.String, "connection refused", 1)
 	if listener, err = net.Listen("tcp", address); err != nil {
-		t.Skipf("somebody else has taken the port: %v", err)
+		t.Skipf("another process has taken the port: %v", err)
 	}
 	server := &http.Server{Handler: s}
 	go server.Serve(listener)
 	defer server.Close()
-	if err := s.Await(".", strings.Count(want, "\n"), time.Minute); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, s.Await(".", strings.Count(want, "\n"), time.Minute))
 	q.close()
 	if err := <-done; err != nil {
 		t.Error(err)
@@ -1343,7 +1316,7 @@ func TestEverythingArrivesAfterRefusedConnections(t *testing.T) {
 	}
 }
 
-// One item in 5,000 is bad: it alone is missing.
+// One metric of 5,000 is bad: only that one is missing.
 func TestEverythingArrivesButTheBad(t *testing.T) {
 	for _, where := range []string{"memory", "spool"} {
 		s := harness.NewStandIn(t)
@@ -1355,22 +1328,19 @@ func TestEverythingArrivesButTheBad(t *testing.T) {
 		if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
 			t.Errorf("%s: %v", where, err)
 		}
-		want := strings.Replace(
-			asLines(sampled(0, maxBatch))+asLines(sampled(1, 20)),
-			"web.m1234 0 1795409680\n",
-			"",
-			1,
-		)
+		all := asLines(sampled(0, maxBatch)) + asLines(sampled(1, 20))
+		want := strings.Replace(all, "web.m1234 0 1795409680\n", "", 1)
 		if s.Lines() != sortedLines(want) {
 			t.Errorf("%s: what arrived is not what was sampled", where)
 		}
-		if got := log.Take(); !strings.Contains(got, `metrics=1 such_as="[{\"metric\":\"web.m1234\",`) {
+		bad := `metrics=1 such_as="[{\"metric\":\"web.m1234\",`
+		if got := log.Take(); !strings.Contains(got, bad) {
 			t.Errorf("%s: logged %s", where, got)
 		}
 	}
 }
 
-// Too large for what stands before Backstop, in bytes.
+// A proxy before Backstop limits the bytes of a request.
 func TestEverythingArrivesInSmallRequests(t *testing.T) {
 	s := harness.NewStandIn(t)
 	s.Set("", func(w http.ResponseWriter, r *http.Request) {
@@ -1395,8 +1365,8 @@ func TestEverythingArrivesInSmallRequests(t *testing.T) {
 	}
 }
 
-// One of several Backstops behind a balancer is broken: everything arrives at the pace of the
-// polls, whichever request meets the broken one, and without a failed delivery.
+// One of several Backstops behind a load balancer is broken: everything arrives without a failed
+// delivery, whichever request meets the broken one.
 func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 	for name, broken := range map[string]func(request int) bool{
 		"every second": func(n int) bool { return n%2 == 0 },
@@ -1406,14 +1376,8 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 	} {
 		for phase := range 4 {
 			s := harness.NewStandIn(t)
-			s.Set(
-				"",
-				sometimes(
-					func(n int) bool { return broken(n + phase) },
-					harness.AnswerWith(503, ""),
-					http.HandlerFunc(s.Answer),
-				),
-			)
+			now := func(n int) bool { return broken(n + phase) }
+			s.Set("", sometimes(now, harness.AnswerWith(503, ""), s.Answer))
 			q, b, log := deliveringTo(t, s, false)
 			b.leadAfter = 0 // each batch comes after a pause
 			const sweeps = 20
@@ -1432,12 +1396,12 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 	}
 }
 
-// ticking is an engine's clock: every stats answer is a minute after the one before, so that each
-// is a point of its own.
+// ticking is an engine's clock. It moves on a minute at each stats answer, so that each answer has
+// points of its own.
 type ticking struct {
 	mu     sync.Mutex
 	ticks  int64
-	served []string // points of what was asked for, "name time"
+	served []string // a point of each answer, "name time"
 	asked  chan struct{}
 }
 
@@ -1449,11 +1413,8 @@ func (c *ticking) stats(r *harness.Replay, container, file string) http.HandlerF
 		at := time.Unix(1795409680+c.ticks*60, 0).UTC()
 		c.served = append(c.served, fmt.Sprintf("%s.pids.current %d", container, at.Unix()))
 		c.mu.Unlock()
-		body := r.Read(file)
-		w.Write(
-			regexp.MustCompile(`"read":"[^"]*"`).
-				ReplaceAll(body, []byte(`"read":"`+at.Format(time.RFC3339)+`"`)),
-		)
+		read := []byte(`"read":"` + at.Format(time.RFC3339) + `"`)
+		w.Write(regexp.MustCompile(`"read":"[^"]*"`).ReplaceAll(r.Read(file), read))
 		select {
 		case c.asked <- struct{}{}:
 		default:
@@ -1461,46 +1422,33 @@ func (c *ticking) stats(r *harness.Replay, container, file string) http.HandlerF
 	}
 }
 
-// Killed at any moment, it loses at most the sweep that was under way; all others arrive in the
-// next life, or a later one.
+// A daemon killed at any moment loses at most the sweep in progress. A later run delivers all
+// others.
 func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	binary, err := exec.LookPath(program) // see testscript.Main
-	if err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, err)
 	engine, clock := harness.NewReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
-	engine.On("/containers/fx-idle/stats", clock.stats(engine, "fx-idle", "stats-one-shot-idle.json"))
+	stats := clock.stats(engine, "fx-idle", "stats-one-shot-idle.json")
+	engine.On("/containers/fx-idle/stats", stats)
 	s := harness.NewStandIn(t)
 	s.Patient = true // it is killed in the middle of requests, too
 	dir := filepath.Join(t.TempDir(), "spool")
 	var log bytes.Buffer
 	start := func() *exec.Cmd {
-		daemon := exec.Command(
-			binary,
-			"--backstop="+s.URL+"/publish/docker",
-			"--docker="+engine.URL,
-			"--poll=500ms",
-			"--spool="+dir,
-		)
+		daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker",
+			"--docker="+engine.URL, "--poll=500ms", "--spool="+dir)
 		daemon.Stderr = &log
-		if err := daemon.Start(); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, daemon.Start())
 		return daemon
 	}
 	seed := time.Now().UnixNano()
 	random := rand.New(rand.NewPCG(uint64(seed), 0))
 	sure, perhaps := map[string]bool{}, map[string]bool{}
+	everyFourth := func(n int) bool { return n%4 == 0 }
 	const lives = 20
 	for range lives {
-		faults := []http.HandlerFunc{
-			nil,
-			nil,
-			harness.AnswerWith(503, ""),
-			harness.Hang,
-			resets(true),
-			sometimes(func(n int) bool { return n%4 == 0 }, resets(true), http.HandlerFunc(s.Answer)),
-		}
+		faults := []http.HandlerFunc{nil, nil, harness.AnswerWith(503, ""), harness.Hang,
+			resets(true), sometimes(everyFourth, resets(true), s.Answer)}
 		s.Set("", faults[random.IntN(len(faults))])
 		daemon := start()
 		select {
@@ -1556,16 +1504,11 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	t.Logf(
-		"%d sweeps in %d lives, %d of them perhaps lost",
-		len(sure)+len(perhaps),
-		lives,
-		len(perhaps),
-	)
+	t.Logf("%d sweeps in %d lives, %d of them perhaps lost",
+		len(sure)+len(perhaps), lives, len(perhaps))
 }
 
-// With a disk whose fsync takes half a minute, polls go on, what they bring arrives, and the daemon
-// ends in time.
+// While each fsync takes half a minute, the daemon polls and delivers, and it ends in time.
 func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 	strace, err := exec.LookPath("strace")
 	if err != nil {
@@ -1574,9 +1517,10 @@ func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 	s, engine := harness.NewStandIn(t), harness.NewReplay(t, "cgroup2")
 	binary, err := exec.LookPath(program)
 	harness.Must(t, err)
-	daemon := exec.Command(strace, "-D", "-f", "-qq", "-o", os.DevNull, "-e", "inject=fsync:delay_enter=30s",
-		binary, "--backstop="+s.URL+"/publish/docker", "--docker="+engine.URL, "--poll=1s", "--host=h",
-		"--spool="+newDir(t))
+	daemon := exec.Command(strace, "-D", "-f", "-qq", "-o", os.DevNull,
+		"-e", "inject=fsync:delay_enter=30s",
+		binary, "--backstop="+s.URL+"/publish/docker", "--docker="+engine.URL,
+		"--poll=1s", "--host=h", "--spool="+newDir(t))
 	var log bytes.Buffer
 	daemon.Stderr = &log
 	harness.Must(t, daemon.Start())
@@ -1597,7 +1541,7 @@ func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 	}
 }
 
-// --spool-limit bounds what the process takes, and not only what it keeps.
+// --spool-limit bounds the memory of the process, not only the metrics that it keeps.
 func TestMemoryIsBounded(t *testing.T) {
 	s := harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))

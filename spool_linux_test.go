@@ -20,9 +20,7 @@ import (
 func smallDisk(t *testing.T, size string) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "spool")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Mkdir(dir, 0o700))
 	if err := syscall.Mount("spool", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
 		harness.Cannot(t, "a disk of the test's own needs root: %v", err)
 	}
@@ -37,24 +35,18 @@ func smallDisk(t *testing.T, size string) string {
 // remount makes a disk read-only, or not.
 func remount(t *testing.T, dir string, flags uintptr) {
 	t.Helper()
-	if err := syscall.Mount("spool", dir, "tmpfs", syscall.MS_REMOUNT|flags, ""); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, syscall.Mount("spool", dir, "tmpfs", syscall.MS_REMOUNT|flags, ""))
 }
 
 // makeUnreadable makes reading a file fail.
 func makeUnreadable(t *testing.T, path string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		if err := os.Chmod(path, 0); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, os.Chmod(path, 0))
 		return
 	}
 	// Nothing is forbidden to root. But nobody has memory at address 0.
-	if err := syscall.Mount("/proc/self/mem", path, "", syscall.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, syscall.Mount("/proc/self/mem", path, "", syscall.MS_BIND, ""))
 	t.Cleanup(func() {
 		if err := syscall.Unmount(path, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -188,9 +180,7 @@ func TestSpoolIsItsUsersOwn(t *testing.T) {
 func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
 	in := t.TempDir()
 	victim := filepath.Join(in, "victim")
-	if err := os.WriteFile(victim, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.WriteFile(victim, []byte("precious"), 0o600))
 	for name, create := range map[string]func(dir string) error{
 		"a dangling symlink": func(dir string) error { return os.Symlink("nowhere", dir) },
 		"a loop":             func(dir string) error { return os.Symlink(filepath.Base(dir), dir) },
@@ -204,9 +194,7 @@ func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
 		strings.Repeat("long", 100):     func(string) error { return nil },
 	} {
 		dir := filepath.Join(in, name)
-		if err := create(dir); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, create(dir))
 		q, _ := (&receiver{}).queue(t)
 		if err := useSpool(q, &spool{dir: dir, log: q.queue.log}); err == nil {
 			t.Errorf("%.80s: no error", name)
@@ -248,9 +236,7 @@ func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
 	q, _ := (&receiver{}).spooled(t, dir)
 	q.put(points(0, 1))
 	q.spool.close()
-	if err := os.Remove(filepath.Join(dir, lockName)); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Remove(filepath.Join(dir, lockName)))
 	remount(t, dir, syscall.MS_RDONLY)
 	r := &receiver{}
 	q, log := r.spooled(t, dir)
@@ -351,9 +337,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	q.try(t)
 	log.Take()
 	away := dir + " away"
-	if err := os.Rename(dir, away); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Rename(dir, away))
 	q.put(points(3, 1))
 	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("it has a stand-in: %v", err)
@@ -372,9 +356,7 @@ func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	if b, _ := q.turn(false); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
 		t.Errorf("%s while it is away", figuresOf(q))
 	}
-	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, errors.Join(os.Remove(dir), os.Rename(away, dir)))
 	q.put(points(5, 1))
 	if got := log.Take(); strings.Count(got, "\n") != 2 || !strings.HasPrefix(got, diskTold) ||
 		!strings.Contains(got, diskBack) {
@@ -398,18 +380,14 @@ func TestSpoolGivesUpInAbsence(t *testing.T) {
 		q.put(points(i, 1))
 	}
 	away := dir + " away"
-	if err := os.Rename(dir, away); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Rename(dir, away))
 	for i := range 100 {
 		q.put(points(256+i, 1))
 	}
 	if got := len(files(t, away)); got != 256 {
 		t.Errorf("%d files, where none may be removed", got)
 	}
-	if err := os.Rename(away, dir); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Rename(away, dir))
 	q.put(points(356, 1))
 	if used := usedBy(t, dir); used > q.limit {
 		t.Errorf("%d bytes of files", used)

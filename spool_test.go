@@ -26,9 +26,7 @@ import (
 func files(t testing.TB, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, err)
 	var names []string
 	for _, e := range entries {
 		if e.Name() != lockName {
@@ -54,9 +52,7 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 		t.Errorf("files %q, want %q", names, want)
 	}
 	packed, err := os.ReadFile(filepath.Join(dir, names[2]))
-	if err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, err)
 	if body, err := unpack(packed); err != nil || !bytes.Equal(body, encode(points(5001, 2))) {
 		t.Errorf("%s holds %s %v", names[2], body, err)
 	}
@@ -140,9 +136,7 @@ func TestSpoolSurvivesTruncation(t *testing.T) {
 			if i == 1 {
 				body = body[:length]
 			}
-			if err := os.WriteFile(filepath.Join(dir, name), body, 0o600); err != nil {
-				t.Fatal(err)
-			}
+			harness.Must(t, os.WriteFile(filepath.Join(dir, name), body, 0o600))
 		}
 		r := &receiver{}
 		q, log := r.spooled(t, dir)
@@ -176,9 +170,7 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 	q.put(points(2, 2))
 	q.spool.close()
 	forged := func(name, body string) {
-		if err := os.WriteFile(filepath.Join(dir, name), pack([]byte(body)), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, os.WriteFile(filepath.Join(dir, name), pack([]byte(body)), 0o600))
 	}
 	bad := map[string]string{
 		"20261123T045441Z-0000000011-1.json.gz": `[{"metric":"web.a\nforged.name","value":1,"measure_time":1795409680}]`,
@@ -193,9 +185,7 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 		forged(name, body)
 	}
 	folder := "20261123T045441Z-0000000018-9.json.gz"
-	if err := os.MkdirAll(filepath.Join(dir, folder, "x"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.MkdirAll(filepath.Join(dir, folder, "x"), 0o700))
 	bad[folder] = ""
 	// What was under way when a daemon was killed goes; others' files stay, and what was set aside
 	// before.
@@ -246,9 +236,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 		q.put(points(i, 1))
 	}
 	for _, name := range files(t, dir)[1:3] {
-		if err := os.Remove(filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, os.Remove(filepath.Join(dir, name)))
 	}
 	if err := q.try(t); err == nil {
 		t.Fatal("no failure")
@@ -287,12 +275,8 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	log.Take()
 	// Whatever is done with it fails from here on.
 	away := dir + " away"
-	if err := os.Rename(dir, away); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(filepath.Base(dir), dir); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.Rename(dir, away))
+	harness.Must(t, os.Symlink(filepath.Base(dir), dir))
 	down = false
 	if err := q.try(t); err != nil {
 		t.Errorf("%v: something else may be sent", err)
@@ -314,9 +298,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 		) {
 		t.Errorf("logged\n%s", got)
 	}
-	if err := errors.Join(os.Remove(dir), os.Rename(away, dir)); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, errors.Join(os.Remove(dir), os.Rename(away, dir)))
 	q.put(points(4, 1))
 	deliverAll(t, q)
 	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
@@ -370,9 +352,7 @@ func TestSpoolNoticesAnotherDaemon(t *testing.T) {
 		first, log := one.spooled(t, dir)
 		first.put(points(0, 1))
 		first.next() // it is under way, in memory
-		if err := os.RemoveAll(filepath.Join(dir, remove)); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, os.RemoveAll(filepath.Join(dir, remove)))
 		other := &receiver{}
 		second, _ := other.spooled(t, dir)
 		second.put(points(100, 1))
@@ -421,9 +401,7 @@ func TestSpoolReplacesNoFile(t *testing.T) {
 	dir := newDir(t)
 	q, _ := (&receiver{}).spooled(t, dir)
 	theirs := filepath.Join(dir, "20261123T045440Z-0000000001-1.json.gz")
-	if err := os.WriteFile(theirs, []byte("theirs"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	harness.Must(t, os.WriteFile(theirs, []byte("theirs"), 0o600))
 	q.put(points(0, 1))
 	if got, err := os.ReadFile(theirs); err != nil || string(got) != "theirs" {
 		t.Errorf("it holds %q, %v", got, err)
@@ -452,9 +430,7 @@ func TestSpoolIsBounded(t *testing.T) {
 		q.put(points(0, 1))
 		q.spool.close()
 		useless := filepath.Join(dir, "20251123T045441Z-0000000001-1.json.gz.bad")
-		if err := os.WriteFile(useless, make([]byte, 1<<19), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, os.WriteFile(useless, make([]byte, 1<<19), 0o600))
 		r := &receiver{}
 		q, log := r.spooled(t, dir)
 		for i := range 127 {
@@ -481,9 +457,7 @@ func TestSpoolIsBounded(t *testing.T) {
 		q.spool.close()
 		q, log = (&receiver{}).queue(t)
 		q.limit = 1 << 19
-		if err := useSpool(q, &spool{dir: dir, log: log.Logger()}); err != nil {
-			t.Fatal(err)
-		}
+		harness.Must(t, useSpool(q, &spool{dir: dir, log: log.Logger()}))
 		if used := usedBy(t, dir); used != q.limit {
 			t.Errorf("%d bytes of files", used)
 		}
@@ -552,16 +526,12 @@ func BenchmarkDrain(b *testing.B) {
 				}
 			}
 			name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(at, 0).UTC().Format(spoolTime), i, size)
-			if err := os.WriteFile(filepath.Join(spool.dir, name), pack(encode(metrics[:])), 0o600); err != nil {
-				b.Fatal(err)
-			}
+			harness.Must(b, os.WriteFile(filepath.Join(spool.dir, name), pack(encode(metrics[:])), 0o600))
 		}
 		b.StartTimer()
 		q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, spool.dir)
 		q.close()
-		if err := q.deliver(b.Context()); err != nil {
-			b.Fatal(err)
-		}
+		harness.Must(b, q.deliver(b.Context()))
 	}
 	b.ReportMetric(float64(b.N)*sweeps*size/b.Elapsed().Seconds(), "metrics/s")
 }
