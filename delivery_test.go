@@ -216,16 +216,18 @@ func (r *rig) waiting() (metrics int) {
 	return metrics
 }
 
-// logged checks that there are that many new lines in the log, and all these texts.
+// logged checks that there are that many new lines in the log, with these texts in this order.
 func logged(t testing.TB, log *harness.Log, lines int, texts ...string) {
 	t.Helper()
 	got := log.Take()
 	if n := strings.Count(got, "\n"); n != lines {
 		t.Errorf("%d lines logged, want %d:\n%s", n, lines, got)
 	}
+	rest, found := got, true
 	for _, text := range texts {
-		if !strings.Contains(got, text) {
-			t.Errorf("logged\n%swant %s", got, text)
+		if _, rest, found = strings.Cut(rest, text); !found {
+			t.Errorf("logged\n%swant %q in this order", got, texts)
+			return
 		}
 	}
 }
@@ -788,8 +790,8 @@ func TestDeliveryFindsBadMetrics(t *testing.T) {
 		}
 		logged(t, log, 1,
 			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
-			`error="answer 400 Bad Request: missing fields"`,
 			`such_as="[{\"metric\":\"web.a\",\"value\":`,
+			`error="answer 400 Bad Request: missing fields"`,
 			" file="+left[0])
 	}
 }

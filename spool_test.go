@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
@@ -22,7 +23,12 @@ import (
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
 )
 
-// files returns what is in a folder but the lock.
+const (
+	diskTold = `level=ERROR msg="the spool cannot be used; metrics are kept in memory until it can" `
+	diskBack = `level=INFO msg="the spool can be used again"`
+)
+
+// files returns the names in a folder, without the lock.
 func files(t testing.TB, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
@@ -36,382 +42,10 @@ func files(t testing.TB, dir string) []string {
 	return names
 }
 
+// newDir returns the path of a folder that is yet to be made, as the one above it.
 func newDir(t testing.TB) string { return filepath.Join(t.TempDir(), "a", "spool") }
 
-// What is queued is in a file when put returns, and the next run delivers it, oldest first.
-func TestSpoolOutlivesItsProcess(t *testing.T) {
-	dir := newDir(t)
-	q, _ := (&receiver{}).spooled(t, dir)
-	q.put(points(0, 5001))
-	q.put(points(5001, 2))
-	names := files(t, dir)
-	if want := []string{"20261123T045440Z-0000000001-5000.json.gz", "20261123T061800Z-0000000002-1.json.gz", "20261123T061801Z-0000000003-2.json.gz"}; !slices.Equal(
-		names,
-		want,
-	) {
-		t.Errorf("files %q, want %q", names, want)
-	}
-	packed, err := os.ReadFile(filepath.Join(dir, names[2]))
-	harness.Must(t, err)
-	if body, err := unpack(packed); err != nil || !bytes.Equal(body, encode(points(5001, 2))) {
-		t.Errorf("%s holds %s %v", names[2], body, err)
-	}
-	if runtime.GOOS != "windows" {
-		for _, path := range []string{dir, filepath.Join(dir, names[0]), filepath.Join(dir, lockName)} {
-			if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
-				t.Errorf("%s is not private: %v %v", path, info.Mode(), err)
-			}
-		}
-	}
-	q.spool.close() // as a kill does
-
-	r := &receiver{}
-	q, log := r.spooled(t, dir)
-	if got, want := log.Take(), `level=INFO msg="metrics of an earlier run wait in the spool" metrics=5003 batches=3 since=2026-11-23T04:54:40Z`+"\n"; got != want {
-		t.Errorf("logged %swant %s", got, want)
-	}
-	own := asLines(q.own("h", time.Unix(1, 0)))
-	if !regexp.MustCompile(`h\.metrics\.spooled \d{5} 1`).MatchString(own) {
-		t.Errorf("its own figures are\n%s", own)
-	}
-	deliverAll(t, q)
-	r.inOrder(t, 0, 5003)
-	if left := files(t, dir); len(left) != 0 {
-		t.Errorf("left %q", left)
-	}
-	if got := log.Take(); !strings.HasPrefix(
-		got,
-		`level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`,
-	) ||
-		strings.Count(got, "\n") != 1 {
-		t.Errorf("logged %s", got)
-	}
-	// Names are not used again, not even by the next run.
-	q, _ = r.spooled(t, dir)
-	q.put(points(0, 1))
-	q.spool.close()
-	q, _ = r.spooled(t, dir)
-	q.put(points(0, 1))
-	if n := len(files(t, dir)); n != 2 {
-		t.Errorf("%d files of two batches", n)
-	}
-}
-
-func TestSpoolIsOneDaemons(t *testing.T) {
-	dir := newDir(t)
-	first, _ := (&receiver{}).spooled(t, dir)
-	second, _ := (&receiver{}).queue(t)
-	err := useSpool(second, &spool{dir: dir, log: second.queue.log})
-	if want := fmt.Sprintf("another docker-stats-to-backstop uses this folder: process %d", os.Getpid()); err == nil ||
-		err.Error() != want {
-		t.Errorf("error %v, want %s", err, want)
-	}
-	first.spool.close()
-	if err := useSpool(second, &spool{dir: dir, log: second.queue.log}); err != nil {
-		t.Error(err)
-	}
-	second.spool.close()
-}
-
-// A file that is not whole costs itself, whatever its length, and one line.
-func TestSpoolSurvivesTruncation(t *testing.T) {
-	made := newDir(t)
-	q, _ := (&receiver{}).spooled(t, made)
-	for i := range 3 {
-		q.put(points(i*3, 3))
-	}
-	q.spool.close()
-	names := files(t, made)
-	bodies := make([][]byte, 3)
-	for i, name := range names {
-		var err error
-		if bodies[i], err = os.ReadFile(filepath.Join(made, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for length := range len(bodies[1]) {
-		dir := t.TempDir()
-		for i, name := range names {
-			body := bodies[i]
-			if i == 1 {
-				body = body[:length]
-			}
-			harness.Must(t, os.WriteFile(filepath.Join(dir, name), body, 0o600))
-		}
-		r := &receiver{}
-		q, log := r.spooled(t, dir)
-		q.close()
-		if err := q.deliver(t.Context()); err == nil || err.Error() != "3 metrics not delivered" {
-			t.Errorf("%d bytes: %v", length, err)
-		}
-		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
-			t.Errorf("%d bytes: arrived %v", length, r.got)
-		}
-		if got := log.Take(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(
-			got,
-			`level=ERROR msg="a spooled file cannot be used; it is set aside" file=`+names[1]+`.bad metrics=3 error="not a whole gzip file: `,
-		) {
-			t.Errorf("%d bytes: logged %s", length, got)
-		}
-		if got := figuresOf(q); got != "sent 6, retried 0, dropped 3" {
-			t.Errorf("%d bytes: its own figures are %s", length, got)
-		}
-		if left := files(t, dir); !slices.Equal(left, []string{names[1] + badSuffix}) {
-			t.Errorf("%d bytes: left %q", length, left)
-		}
-	}
-}
-
-// Whatever else is in the folder stops neither the start nor the rest.
-func TestSpoolSurvivesOthersFiles(t *testing.T) {
-	dir := newDir(t)
-	q, _ := (&receiver{}).spooled(t, dir)
-	q.put(points(0, 2))
-	q.put(points(2, 2))
-	q.spool.close()
-	forged := func(name, body string) {
-		harness.Must(t, os.WriteFile(filepath.Join(dir, name), pack([]byte(body)), 0o600))
-	}
-	bad := map[string]string{
-		"20261123T045441Z-0000000011-1.json.gz": `[{"metric":"web.a\nforged.name","value":1,"measure_time":1795409680}]`,
-		"20261123T045441Z-0000000012-1.json.gz": `[1]`,
-		"20261123T045441Z-0000000013-1.json.gz": `[{"metric":"web.a","value":null,"measure_time":1795409680}]`,
-		"20261123T045441Z-0000000014-1.json.gz": `{}`,
-		"20261123T045441Z-0000000015-1.json.gz": `[{"metric":"web.a","value":1,"measure_time":1795409680}] and more`,
-		"20261123T045441Z-0000000016-1.json.gz": strings.Repeat(" ", maxBody+1),
-		"20261399T999999Z-0000000017-1.json.gz": `[]`, // no time
-	}
-	for name, body := range bad {
-		forged(name, body)
-	}
-	folder := "20261123T045441Z-0000000018-9.json.gz"
-	harness.Must(t, os.MkdirAll(filepath.Join(dir, folder, "x"), 0o700))
-	bad[folder] = ""
-	// What was under way when a daemon was killed goes; others' files stay, and what was set aside
-	// before.
-	forged(".20261123T045441Z-0000000019-1.json.gz12345", "")
-	others := []string{"20261123T045441Z-0000000001-2.json.gz.bad", "lost+found", "notes.txt"}
-	forged(others[0], "")
-	forged(others[1], "")
-	forged(others[2], "mine")
-
-	r := &receiver{}
-	q, log := r.spooled(t, dir)
-	q.close()
-	if err := q.deliver(t.Context()); err == nil {
-		t.Error("no error for what was lost")
-	}
-	r.inOrder(t, 0, 4)
-	lines := log.Take()
-	for name := range bad {
-		if strings.Count(lines, "file="+name+".bad ") != 1 {
-			t.Errorf("%s is not told once:\n%s", name, lines)
-		}
-		others = append(others, name+badSuffix)
-	}
-	slices.Sort(others)
-	if left := files(t, dir); !slices.Equal(left, others) {
-		t.Errorf("left\n%q, want\n%q", left, others)
-	}
-	if !strings.Contains(
-		lines,
-		`level=WARN msg="the spool folder has files of others, which are left alone" files=2 such_as=lost+found`,
-	) {
-		t.Errorf("logged\n%s", lines)
-	}
-}
-
-// An operator may have delivered a file by hand, and removed it.
-func TestSpoolSurvivesRemovedFiles(t *testing.T) {
-	dir := newDir(t)
-	r := &receiver{fail: func(try int, _ []int) error {
-		if try == 1 {
-			return errors.New("connection refused")
-		}
-		return nil
-	}}
-	q, log := r.spooled(t, dir)
-	q.pace = pace{time.Millisecond, time.Millisecond, time.Millisecond}
-	for i := range 4 {
-		q.put(points(i, 1))
-	}
-	for _, name := range files(t, dir)[1:3] {
-		harness.Must(t, os.Remove(filepath.Join(dir, name)))
-	}
-	if err := q.try(t); err == nil {
-		t.Fatal("no failure")
-	}
-	q.close()
-	if err := q.deliver(t.Context()); err == nil || err.Error() != "2 metrics not delivered" {
-		t.Error(err)
-	}
-	if !slices.Equal(r.got, []int{0, 3}) {
-		t.Errorf("arrived %v", r.got)
-	}
-	if got := log.Take(); strings.Count(
-		got,
-		`level=ERROR msg="a file has gone from the spool, and its metrics with it" `,
-	) != 1 {
-		t.Errorf("logged\n%s", got)
-	}
-}
-
-// A folder that cannot be read for a while costs nothing: what is in it waits, what is in memory
-// does not.
-func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
-	dir := newDir(t)
-	down := true
-	r := &receiver{fail: func(int, []int) error {
-		if down {
-			return errors.New("connection refused")
-		}
-		return nil
-	}}
-	q, log := r.spooled(t, dir)
-	for i := range 3 {
-		q.put(points(i, 1))
-	}
-	q.try(t)
-	log.Take()
-	// Whatever is done with it fails from here on.
-	away := dir + " away"
-	harness.Must(t, os.Rename(dir, away))
-	harness.Must(t, os.Symlink(filepath.Base(dir), dir))
-	down = false
-	if err := q.try(t); err != nil {
-		t.Errorf("%v: something else may be sent", err)
-	}
-	if b, _ := q.turn(false); b != nil {
-		t.Errorf("%s cannot be read", b.file)
-	}
-	q.put(points(3, 1))
-	if err := q.try(t); err != nil {
-		t.Error(err)
-	}
-	if !slices.Equal(r.got, []int{3}) {
-		t.Errorf("arrived %v", r.got)
-	}
-	if got := log.Take(); strings.Count(got, "\n") != 1 ||
-		!strings.Contains(
-			got,
-			`msg="the spool cannot be used; metrics are kept in memory until it can" error=`,
-		) {
-		t.Errorf("logged\n%s", got)
-	}
-	harness.Must(t, errors.Join(os.Remove(dir), os.Rename(away, dir)))
-	q.put(points(4, 1))
-	deliverAll(t, q)
-	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
-		t.Errorf("arrived %v", r.got)
-	}
-	if got := log.Take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
-		strings.Contains(got, "ERROR") {
-		t.Errorf("logged\n%s", got)
-	}
-	if left := files(t, dir); len(left) != 0 {
-		t.Errorf("left %q", left)
-	}
-}
-
-// Out of file descriptors, no file is to blame: the folder is not used for a while.
-func TestSpoolSurvivesTheWantOfDescriptors(t *testing.T) {
-	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-	q, log := r.spooled(t, newDir(t))
-	q.put(points(0, 1))
-	q.put(points(1, 1))
-	q.try(t)
-	for _, err := range []error{syscall.EMFILE, syscall.ENFILE} {
-		trouble := q.spool.trouble(&fs.PathError{Op: "open", Path: q.spool.dir, Err: err})
-		if !errors.Is(trouble, err) {
-			t.Errorf("%v counts as the file's trouble", err)
-		}
-		q.spool.fail(trouble)
-		q.store.useDisk(false, false)
-		if b, _ := q.turn(false); b != nil {
-			t.Errorf("%s is tried at once", b.file)
-		}
-		q.put(nil) // it works again
-	}
-	got := log.Take()
-	for _, want := range []string{"the spool cannot be used", syscall.EMFILE.Error(), "the spool can be used again"} {
-		if !strings.Contains(got, want) {
-			t.Errorf("no %s in\n%s", want, got)
-		}
-	}
-	r.fail = nil
-	deliverAll(t, q)
-	r.inOrder(t, 0, 2)
-}
-
-// Two daemons on one folder are noticed, even if somebody has removed the lock, or the folder; and
-// none takes a file of the other.
-func TestSpoolNoticesAnotherDaemon(t *testing.T) {
-	for _, remove := range []string{lockName, "."} {
-		dir := newDir(t)
-		one := &receiver{}
-		first, log := one.spooled(t, dir)
-		first.put(points(0, 1))
-		first.next() // it is under way, in memory
-		harness.Must(t, os.RemoveAll(filepath.Join(dir, remove)))
-		other := &receiver{}
-		second, _ := other.spooled(t, dir)
-		second.put(points(100, 1))
-		before := files(t, dir)
-		for i := range 3 {
-			first.put(points(1+i, 1))
-		}
-		if after := files(t, dir); !slices.Equal(after, before) {
-			t.Errorf("files %q, before %q", after, before)
-		}
-		if got := log.Take(); strings.Count(got, "\n") != 1 ||
-			!strings.Contains(
-				got,
-				`msg="the spool cannot be used; metrics are kept in memory until it can" error="`,
-			) {
-			t.Errorf("logged\n%s", got)
-		}
-		deliverAll(t, second)
-		deliverAll(t, first)
-		if slices.Sort(one.got); !slices.Equal(one.got, []int{0, 1, 2, 3}) ||
-			!slices.Contains(other.got, 100) {
-			t.Errorf("arrived %v and %v", one.got, other.got)
-		}
-	}
-}
-
-// Somebody else may make the same folder, or one above it, at the same time.
-func TestMakeFolderIsNotAlone(t *testing.T) {
-	in := t.TempDir()
-	for i := range 200 {
-		above := filepath.Join(in, fmt.Sprint(i), "x", "y")
-		var wg sync.WaitGroup
-		for j := range 2 {
-			wg.Go(func() {
-				if err := makeFolder(filepath.Join(above, fmt.Sprint(j))); err != nil {
-					t.Error(err)
-				}
-			})
-		}
-		wg.Wait()
-	}
-}
-
-// A file that is there is not replaced, whoever made it.
-func TestSpoolReplacesNoFile(t *testing.T) {
-	dir := newDir(t)
-	q, _ := (&receiver{}).spooled(t, dir)
-	theirs := filepath.Join(dir, "20261123T045440Z-0000000001-1.json.gz")
-	harness.Must(t, os.WriteFile(theirs, []byte("theirs"), 0o600))
-	q.put(points(0, 1))
-	if got, err := os.ReadFile(theirs); err != nil || string(got) != "theirs" {
-		t.Errorf("it holds %q, %v", got, err)
-	}
-	if n := len(files(t, dir)); n != 2 {
-		t.Errorf("%d files", n)
-	}
-}
-
-// usedBy returns the bytes that the files in a folder take of the disk.
+// usedBy returns how much of the disk the files in a folder take.
 func usedBy(t *testing.T, dir string) (bytes int64) {
 	t.Helper()
 	for _, name := range files(t, dir) {
@@ -422,7 +56,107 @@ func usedBy(t *testing.T, dir string) (bytes int64) {
 	return bytes
 }
 
-// The files stay within the limit; those of no use go first, then the oldest.
+// mount mounts something, which goes with the test.
+func mount(t *testing.T, dir string, args ...string) {
+	t.Helper()
+	mustRun(t, "mount", append(args, dir)...)
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+}
+
+// mustRun runs a command that the test needs.
+func mustRun(t *testing.T, name string, args ...string) {
+	t.Helper()
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		harness.Cannot(t, "%s %q: %v: %s", name, args, err, out)
+	}
+}
+
+// smallDisk mounts a disk of that size in memory, and returns its folder.
+func smallDisk(t *testing.T, size string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "spool")
+	harness.Must(t, os.Mkdir(dir, 0o700))
+	mount(t, dir, "-t", "tmpfs", "-o", "mode=0700,size="+size, "spool")
+	return dir
+}
+
+// remount makes a disk read-only, "ro", or writable, "rw".
+func remount(t *testing.T, dir, mode string) {
+	t.Helper()
+	mustRun(t, "mount", "-o", "remount,"+mode, dir)
+}
+
+// makeUnreadable makes reading a file fail.
+func makeUnreadable(t *testing.T, path string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		harness.Must(t, os.Chmod(path, 0))
+		return
+	}
+	// Root may read every file. But no process has memory at address 0.
+	mount(t, path, "--bind", fmt.Sprintf("/proc/%d/mem", os.Getpid()))
+}
+
+// Metrics are in files once put returns. The next run delivers them, oldest first.
+func TestSpoolOutlivesItsProcess(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 5001))
+	q.put(points(5001, 2))
+	names := files(t, dir)
+	want := []string{
+		"20261123T045440Z-0000000001-5000.json.gz",
+		"20261123T061800Z-0000000002-1.json.gz",
+		"20261123T061801Z-0000000003-2.json.gz",
+	}
+	if !slices.Equal(names, want) {
+		t.Errorf("files %q, want %q", names, want)
+	}
+	packed, err := os.ReadFile(filepath.Join(dir, names[2]))
+	harness.Must(t, err)
+	if body, err := unpack(packed); err != nil || !bytes.Equal(body, encode(points(5001, 2))) {
+		t.Errorf("%s holds %s %v", names[2], body, err)
+	}
+	if runtime.GOOS != "windows" {
+		for _, name := range []string{".", names[0], lockName} {
+			path := filepath.Join(dir, name)
+			if info, err := os.Stat(path); err != nil || info.Mode().Perm()&0o077 != 0 {
+				t.Errorf("%s is not private: %v %v", path, info.Mode(), err)
+			}
+		}
+	}
+	q.spool.close() // as a kill does
+
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	logged(t, log, 1, `level=INFO msg="metrics of an earlier run wait in the spool" `+
+		`metrics=5003 batches=3 since=2026-11-23T04:54:40Z`+"\n")
+	own := asLines(q.own("h", time.Unix(1, 0)))
+	if !regexp.MustCompile(`h\.metrics\.spooled \d{5} 1`).MatchString(own) {
+		t.Errorf("its own figures are\n%s", own)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 5003)
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+	logged(t, log, 1, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`)
+	// The next run does not use names again.
+	q, _ = r.spooled(t, dir)
+	q.put(points(0, 1))
+	q.spool.close()
+	q, _ = r.spooled(t, dir)
+	q.put(points(0, 1))
+	if n := len(files(t, dir)); n != 2 {
+		t.Errorf("%d files of two batches", n)
+	}
+}
+
+// The files stay within the limit: those set aside go first, then the oldest.
 func TestSpoolIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := newDir(t)
@@ -449,11 +183,8 @@ func TestSpoolIsBounded(t *testing.T) {
 				t.Fatalf("%d bytes of files", used)
 			}
 		}
-		if got := log.Take(); strings.Count(got, "\n") != 1 ||
-			!strings.Contains(got, "no room for more metrics") {
-			t.Errorf("logged %s", got)
-		}
-		// A limit that was made smaller is kept from the start.
+		logged(t, log, 1, "no room for more metrics")
+		// A smaller limit is respected from the start.
 		q.spool.close()
 		q, log = (&receiver{}).queue(t)
 		q.limit = 1 << 19
@@ -467,24 +198,18 @@ func TestSpoolIsBounded(t *testing.T) {
 	})
 }
 
-// A day of 100 containers at a poll a minute, of values as long as they get, fits into the default.
+// A day of 100 containers at a poll a minute, with long values, fits into the default limit.
 func TestSpoolHoldsADay(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
 	var metrics []metric
-	// As much as a container ever sends; see TestMetricsAreDocumented for where they come from.
+	// All that a container can send. TestMetricsAreDocumented shows that this is so.
 	names := harness.AllOf("(?m)^\\| `<c>\\.([^`<]+)`", harness.ReadFile(t, "docs/metrics.md"))
 	for i := range 100 {
-		for _, name := range names {
-			for _, name := range harness.Expand(name) {
-				metrics = append(
-					metrics,
-					metric{
-						"",
-						fmt.Sprintf("project%d.service%d.%s", i/10, i, name),
-						whole(random.Uint64N(1e12)),
-						1795409680 + int64(i%2),
-					},
-				)
+		for _, pattern := range names {
+			for _, name := range harness.Expand(pattern) {
+				path := fmt.Sprintf("project%d.service%d.%s", i/10, i, name)
+				value, at := whole(random.Uint64N(1e12)), 1795409680+int64(i%2)
+				metrics = append(metrics, metric{"", path, value, at})
 			}
 		}
 	}
@@ -500,8 +225,648 @@ func TestSpoolHoldsADay(t *testing.T) {
 	}
 }
 
-// BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from files to
-// a stand-in that throws it away, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
+// An existing file is not replaced.
+func TestSpoolReplacesNoFile(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	theirs := filepath.Join(dir, "20261123T045440Z-0000000001-1.json.gz")
+	harness.Must(t, os.WriteFile(theirs, []byte("theirs"), 0o600))
+	q.put(points(0, 1))
+	if got, err := os.ReadFile(theirs); err != nil || string(got) != "theirs" {
+		t.Errorf("it holds %q, %v", got, err)
+	}
+	if n := len(files(t, dir)); n != 2 {
+		t.Errorf("%d files", n)
+	}
+}
+
+func TestSpoolIsOneDaemons(t *testing.T) {
+	dir := newDir(t)
+	first, _ := (&receiver{}).spooled(t, dir)
+	second, _ := (&receiver{}).queue(t)
+	err := useSpool(second, &spool{dir: dir, log: second.queue.log})
+	want := fmt.Sprintf("another %s uses this folder: process %d", program, os.Getpid())
+	if err == nil || err.Error() != want {
+		t.Errorf("error %v, want %s", err, want)
+	}
+	first.spool.close()
+	if err := useSpool(second, &spool{dir: dir, log: second.queue.log}); err != nil {
+		t.Error(err)
+	}
+	second.spool.close()
+}
+
+// A daemon notices another one on its folder, even if the lock or the folder was removed. Neither
+// takes a file of the other.
+func TestSpoolNoticesAnotherDaemon(t *testing.T) {
+	for _, remove := range []string{lockName, "."} {
+		dir := newDir(t)
+		one := &receiver{}
+		first, log := one.spooled(t, dir)
+		first.put(points(0, 1))
+		first.next() // it is in flight, in memory
+		harness.Must(t, os.RemoveAll(filepath.Join(dir, remove)))
+		other := &receiver{}
+		second, _ := other.spooled(t, dir)
+		second.put(points(100, 1))
+		before := files(t, dir)
+		for i := range 3 {
+			first.put(points(1+i, 1))
+		}
+		if after := files(t, dir); !slices.Equal(after, before) {
+			t.Errorf("files %q, before %q", after, before)
+		}
+		logged(t, log, 1, diskTold+`error="`)
+		deliverAll(t, second)
+		deliverAll(t, first)
+		slices.Sort(one.got)
+		if !slices.Equal(one.got, []int{0, 1, 2, 3}) || !slices.Contains(other.got, 100) {
+			t.Errorf("arrived %v and %v", one.got, other.got)
+		}
+	}
+}
+
+// The owner of the folder could make the daemon write elsewhere, so it has to be its own user.
+func TestSpoolIsItsUsersOwn(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chown(dir, os.Geteuid()+1, -1); err != nil {
+		harness.Cannot(t, "only root gives a folder to another user: %v", err)
+	}
+	q, _ := (&receiver{}).queue(t)
+	err := useSpool(q, &spool{dir: dir, log: q.queue.log})
+	if err == nil || !strings.Contains(err.Error(), "this folder belongs to another user") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// A path that can never be a spool is refused at once.
+func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
+	in := t.TempDir()
+	victim := filepath.Join(in, "victim")
+	harness.Must(t, os.WriteFile(victim, []byte("precious"), 0o600))
+	folder := func(dir string) { harness.Must(t, os.Mkdir(dir, 0o700)) }
+	link := func(target, path string) {
+		if err := os.Symlink(target, path); err != nil {
+			harness.Cannot(t, "no symlinks: %v", err)
+		}
+	}
+	for name, create := range map[string]func(dir string){
+		"a dangling symlink": func(dir string) { link("nowhere", dir) },
+		"a loop":             func(dir string) { link(filepath.Base(dir), dir) },
+		"a lock that is a pipe": func(dir string) {
+			folder(dir)
+			mustRun(t, "mkfifo", "-m", "600", filepath.Join(dir, lockName))
+		},
+		"a lock that is a symlink": func(dir string) {
+			folder(dir)
+			link(victim, filepath.Join(dir, lockName))
+		},
+		"a folder anybody may write to": func(dir string) {
+			folder(dir)
+			harness.Must(t, os.Chmod(dir, 0o777))
+		},
+		strings.Repeat("long", 100): func(string) {},
+	} {
+		dir := filepath.Join(in, name)
+		create(dir)
+		q, _ := (&receiver{}).queue(t)
+		if err := useSpool(q, &spool{dir: dir, log: q.queue.log}); err == nil {
+			t.Errorf("%.80s: no error", name)
+			q.spool.close()
+		}
+	}
+	if got, err := os.ReadFile(victim); err != nil || string(got) != "precious" {
+		t.Errorf("the victim holds %q, %v", got, err)
+	}
+}
+
+// Another process may make the same folder, or one above it, at the same time.
+func TestMakeFolderIsNotAlone(t *testing.T) {
+	in := t.TempDir()
+	for i := range 200 {
+		above := filepath.Join(in, fmt.Sprint(i), "x", "y")
+		var wg sync.WaitGroup
+		for j := range 2 {
+			wg.Go(func() {
+				if err := makeFolder(filepath.Join(above, fmt.Sprint(j))); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+}
+
+// A truncated file of any length loses its own metrics only, and is logged once.
+func TestSpoolSurvivesTruncation(t *testing.T) {
+	made := newDir(t)
+	q, _ := (&receiver{}).spooled(t, made)
+	for i := range 3 {
+		q.put(points(i*3, 3))
+	}
+	q.spool.close()
+	names := files(t, made)
+	bodies := make([][]byte, 3)
+	for i, name := range names {
+		bodies[i] = []byte(harness.ReadFile(t, filepath.Join(made, name)))
+	}
+	for length := range len(bodies[1]) {
+		dir := t.TempDir()
+		for i, name := range names {
+			body := bodies[i]
+			if i == 1 {
+				body = body[:length]
+			}
+			harness.Must(t, os.WriteFile(filepath.Join(dir, name), body, 0o600))
+		}
+		r := &receiver{}
+		q, log := r.spooled(t, dir)
+		q.close()
+		if err := q.deliver(t.Context()); err == nil || err.Error() != "3 metrics not delivered" {
+			t.Errorf("%d bytes: %v", length, err)
+		}
+		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
+			t.Errorf("%d bytes: arrived %v", length, r.got)
+		}
+		want := `level=ERROR msg="a spooled file cannot be used; it is set aside" file=` + names[1] +
+			`.bad metrics=3 error="not a whole gzip file: `
+		got := log.Take()
+		if strings.Count(got, "level=ERROR") != 1 || !strings.Contains(got, want) {
+			t.Errorf("%d bytes: logged %s", length, got)
+		}
+		if figures := figuresOf(q); figures != "sent 6, retried 0, dropped 3" {
+			t.Errorf("%d bytes: its own figures are %s", length, figures)
+		}
+		if left := files(t, dir); !slices.Equal(left, []string{names[1] + badSuffix}) {
+			t.Errorf("%d bytes: left %q", length, left)
+		}
+	}
+}
+
+// Bad files and files of others stop neither the start nor the delivery of the good ones.
+func TestSpoolSurvivesOthersFiles(t *testing.T) {
+	dir := newDir(t)
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 2))
+	q.put(points(2, 2))
+	q.spool.close()
+	forged := func(name, body string) {
+		harness.Must(t, os.WriteFile(filepath.Join(dir, name), pack([]byte(body)), 0o600))
+	}
+	point := func(name, value string) string {
+		return `[{"metric":"` + name + `","value":` + value + `,"measure_time":1795409680}]`
+	}
+	bad := map[string]string{
+		"20261123T045441Z-0000000011-1.json.gz": point(`web.a\nforged.name`, "1"),
+		"20261123T045441Z-0000000012-1.json.gz": `[1]`,
+		"20261123T045441Z-0000000013-1.json.gz": point("web.a", "null"),
+		"20261123T045441Z-0000000014-1.json.gz": `{}`,
+		"20261123T045441Z-0000000015-1.json.gz": point("web.a", "1") + " and more",
+		"20261123T045441Z-0000000016-1.json.gz": strings.Repeat(" ", maxBody+1),
+		"20261399T999999Z-0000000017-1.json.gz": `[]`, // no time
+	}
+	for name, body := range bad {
+		forged(name, body)
+	}
+	folder := "20261123T045441Z-0000000018-9.json.gz"
+	harness.Must(t, os.MkdirAll(filepath.Join(dir, folder, "x"), 0o700))
+	bad[folder] = ""
+	// The unfinished file of a killed daemon is removed. Files of others stay, and those that were
+	// set aside before.
+	forged(".20261123T045441Z-0000000019-1.json.gz12345", "")
+	others := []string{"20261123T045441Z-0000000001-2.json.gz.bad", "lost+found", "notes.txt"}
+	forged(others[0], "")
+	forged(others[1], "")
+	forged(others[2], "mine")
+
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	q.close()
+	if err := q.deliver(t.Context()); err == nil {
+		t.Error("no error for what was lost")
+	}
+	r.inOrder(t, 0, 4)
+	lines := log.Take()
+	for name := range bad {
+		if strings.Count(lines, "file="+name+".bad ") != 1 {
+			t.Errorf("%s is not logged once:\n%s", name, lines)
+		}
+		others = append(others, name+badSuffix)
+	}
+	slices.Sort(others)
+	if left := files(t, dir); !slices.Equal(left, others) {
+		t.Errorf("left\n%q, want\n%q", left, others)
+	}
+	want := `level=WARN msg="the spool folder has files of others, which are left alone" ` +
+		`files=2 such_as=lost+found`
+	if !strings.Contains(lines, want) {
+		t.Errorf("logged\n%s", lines)
+	}
+}
+
+// Somebody may remove files while the daemon runs. What was in them counts as lost.
+func TestSpoolSurvivesRemovedFiles(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{fail: func(try int, _ []int) error {
+		if try == 1 {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	q.pace = pace{time.Millisecond, time.Millisecond, time.Millisecond}
+	for i := range 4 {
+		q.put(points(i, 1))
+	}
+	for _, name := range files(t, dir)[1:3] {
+		harness.Must(t, os.Remove(filepath.Join(dir, name)))
+	}
+	if err := q.try(t); err == nil {
+		t.Fatal("no failure")
+	}
+	q.close()
+	if err := q.deliver(t.Context()); err == nil || err.Error() != "2 metrics not delivered" {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{0, 3}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	gone := `level=ERROR msg="a file has gone from the spool, and its metrics with it" `
+	if got := log.Take(); strings.Count(got, gone) != 1 {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// Unreadable files, as on a bad block, do not hold up deliveries. They are set aside.
+func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := newDir(t)
+		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+		q, log := r.spooled(t, dir)
+		const unreadable = 50
+		for i := range unreadable {
+			q.put(points(i, 1))
+		}
+		q.try(t)
+		log.Take()
+		for _, name := range files(t, dir) {
+			makeUnreadable(t, filepath.Join(dir, name))
+		}
+		r.fail = nil
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		begin := time.Now()
+		for i := range 5 {
+			q.put(points(unreadable+i, 1))
+			synctest.Wait()
+			if _, got := r.sofar(); len(got) != i+1 {
+				t.Errorf("%d of %d arrived at once", len(got), i+1)
+			}
+			time.Sleep(time.Minute)
+		}
+		if got := log.Take(); strings.Count(got, "it is set aside") != unreadable {
+			t.Errorf("logged after %s\n%s", time.Since(begin), got)
+		}
+		q.close()
+		want := fmt.Sprintf("%d metrics not delivered", unreadable)
+		if err := <-done; err == nil || err.Error() != want {
+			t.Error(err)
+		}
+	})
+}
+
+// The last try before the end is not wasted on an unreadable file.
+func TestSpoolEndsWithAnUnreadableFile(t *testing.T) {
+	dir := newDir(t)
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, _ := r.spooled(t, dir)
+	q.put(points(0, 1))
+	q.put(points(1, 1))
+	q.try(t)
+	name := files(t, dir)[0]
+	makeUnreadable(t, filepath.Join(dir, name))
+	r.fail = nil
+	q.close()
+	if err := q.deliver(t.Context()); err == nil || err.Error() != "1 metrics not delivered" {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{1}) {
+		t.Errorf("arrived %v", r.got)
+	}
+}
+
+func TestSpoolSurvivesAFullDisk(t *testing.T) {
+	dir := smallDisk(t, "64k")
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	q.put(points(0, 100))
+	q.try(t)
+	log.Take()
+	for i := 1; i < 40; i++ {
+		q.put(points(i*100, 100))
+	}
+	onDisk := len(files(t, dir))
+	if onDisk < 5 || onDisk > 15 {
+		t.Errorf("%d files", onDisk)
+	}
+	logged(t, log, 1, diskTold, "no space left on device")
+	// Deliveries make room for what is in memory.
+	down = false
+	for range 3 {
+		q.try(t)
+	}
+	q.put(points(4000, 100))
+	for _, name := range files(t, dir) {
+		if strings.HasPrefix(name, ".") {
+			t.Errorf("%s is left", name)
+		}
+	}
+	if n := len(files(t, dir)); n < onDisk-1 {
+		t.Errorf("only %d files; there were %d", n, onDisk)
+	}
+	logged(t, log, 0)
+	for q.waiting() > 300 {
+		q.try(t)
+	}
+	q.put(points(4100, 100))
+	if got := log.Take(); !strings.Contains(got, diskBack) {
+		t.Errorf("logged %s", got)
+	}
+	deliverAll(t, q)
+	if len(r.got) != 4200 {
+		t.Errorf("%d arrived", len(r.got))
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+func TestSpoolSurvivesAReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	remount(t, dir, "ro")
+	for i := range 3 {
+		q.put(points(3+i, 1))
+	}
+	logged(t, log, 1, diskTold, "read-only file system")
+	if n := len(q.spool.litter); n > 0 {
+		t.Errorf("%d files are to be removed that never existed", n)
+	}
+	q.try(t) // its file cannot be removed
+	q.try(t)
+	if n := len(files(t, dir)); n != 3 {
+		t.Errorf("%d files", n)
+	}
+	remount(t, dir, "rw")
+	q.put(points(6, 1))
+	if n := len(files(t, dir)); n != 5 { // of 7, 2 were delivered
+		t.Errorf("%d files", n)
+	}
+	logged(t, log, 1, diskBack)
+	deliverAll(t, q)
+	r.inOrder(t, 0, 7)
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// Files that cannot be removed do not cost metrics that wait.
+func TestSpoolSurvivesAFullReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "4m")
+	r := &receiver{}
+	q, _ := r.spooled(t, dir)
+	for i := range 256 {
+		q.put(points(i, 1))
+	}
+	remount(t, dir, "ro")
+	for i := range 10 {
+		q.put(points(256+i, 1))
+	}
+	if q.waiting() != 256 {
+		t.Errorf("%d metrics are left", q.waiting())
+	}
+	remount(t, dir, "rw")
+	q.put(points(266, 1))
+	if used := usedBy(t, dir); used != q.limit {
+		t.Errorf("%d bytes of files", used)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 11, 267)
+}
+
+// A disk that does not work at the start may work later.
+func TestSpoolStartsOnAReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	q, _ := (&receiver{}).spooled(t, dir)
+	q.put(points(0, 1))
+	q.spool.close()
+	harness.Must(t, os.Remove(filepath.Join(dir, lockName)))
+	remount(t, dir, "ro")
+	r := &receiver{}
+	q, log := r.spooled(t, dir)
+	q.put(points(1, 1))
+	logged(t, log, 1, diskTold, "read-only file system")
+	remount(t, dir, "rw")
+	q.put(points(2, 1))
+	if n := len(files(t, dir)); n != 3 {
+		t.Errorf("%d files", n)
+	}
+	logged(t, log, 2, "metrics of an earlier run wait in the spool", diskBack)
+	deliverAll(t, q)
+	if len(r.got) != 3 {
+		t.Errorf("%v arrived", r.got)
+	}
+}
+
+// The log does not call the spool usable again before it was tried.
+func TestSpoolIsNotCalledUsableUntried(t *testing.T) {
+	dir := smallDisk(t, "1m")
+	q, log := (&receiver{}).spooled(t, dir)
+	remount(t, dir, "ro")
+	q.put(points(0, 1))
+	deliverAll(t, q)
+	logged(t, log, 1, diskTold)
+}
+
+// While the folder cannot be read, what is in it waits and what is in memory is delivered. Nothing
+// is lost.
+func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
+	dir := newDir(t)
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	q.try(t)
+	log.Take()
+	// From here on, everything in this folder fails.
+	away := dir + " away"
+	harness.Must(t, os.Rename(dir, away))
+	harness.Must(t, os.Symlink(filepath.Base(dir), dir))
+	down = false
+	if err := q.try(t); err != nil {
+		t.Errorf("%v: something else may be sent", err)
+	}
+	if b, _ := q.turn(false); b != nil {
+		t.Errorf("%s cannot be read", b.file)
+	}
+	q.put(points(3, 1))
+	if err := q.try(t); err != nil {
+		t.Error(err)
+	}
+	if !slices.Equal(r.got, []int{3}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	logged(t, log, 1, diskTold+"error=")
+	harness.Must(t, errors.Join(os.Remove(dir), os.Rename(away, dir)))
+	q.put(points(4, 1))
+	deliverAll(t, q)
+	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if got := log.Take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
+		strings.Contains(got, "ERROR") {
+		t.Errorf("logged\n%s", got)
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// While the disk with the folder is away, no other folder takes its place, and nothing on it counts
+// as lost.
+func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
+	dir := newDir(t)
+	down := true
+	r := &receiver{fail: func(int, []int) error {
+		if down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}}
+	q, log := r.spooled(t, dir)
+	for i := range 3 {
+		q.put(points(i, 1))
+	}
+	q.try(t)
+	log.Take()
+	away := dir + " away"
+	harness.Must(t, os.Rename(dir, away))
+	q.put(points(3, 1))
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("there is another folder: %v", err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil { // as a place to mount at
+		t.Fatal(err)
+	}
+	q.put(points(4, 1))
+	if found, err := os.ReadDir(dir); err != nil || len(found) > 0 {
+		t.Errorf("%v is in another folder, %v", found, err)
+	}
+	down = false
+	for range 2 { // what can be read
+		q.try(t)
+	}
+	if b, _ := q.turn(false); b != nil || figuresOf(q) != "sent 2, retried 0, dropped 0" {
+		t.Errorf("%s while it is away", figuresOf(q))
+	}
+	harness.Must(t, errors.Join(os.Remove(dir), os.Rename(away, dir)))
+	q.put(points(5, 1))
+	logged(t, log, 2, diskTold, diskBack)
+	deliverAll(t, q)
+	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4, 5}) {
+		t.Errorf("arrived %v", r.got)
+	}
+	if left := files(t, dir); len(left) != 0 {
+		t.Errorf("left %q", left)
+	}
+}
+
+// Metrics that are dropped while the folder is away do not come back with it. No file is removed
+// that may be another daemon's.
+func TestSpoolDropsWhileItsFolderIsAway(t *testing.T) {
+	dir := newDir(t)
+	q, log := (&receiver{}).spooled(t, dir)
+	for i := range 256 {
+		q.put(points(i, 1))
+	}
+	away := dir + " away"
+	harness.Must(t, os.Rename(dir, away))
+	for i := range 100 {
+		q.put(points(256+i, 1))
+	}
+	if got := len(files(t, away)); got != 256 {
+		t.Errorf("%d files, where none may be removed", got)
+	}
+	harness.Must(t, os.Rename(away, dir))
+	q.put(points(356, 1))
+	if used := usedBy(t, dir); used > q.limit {
+		t.Errorf("%d bytes of files", used)
+	}
+	want := fmt.Sprintf(" dropped %d", 357-q.waiting())
+	if got := figuresOf(q); !strings.HasSuffix(got, want) {
+		t.Errorf("its own figures are %s with %d left, want %s", got, q.waiting(), want)
+	}
+	if got := log.Take(); strings.Contains(got, "earlier run") {
+		t.Errorf("logged %s", got)
+	}
+	r := &receiver{}
+	q.to = r.destination()
+	deliverAll(t, q)
+	r.inOrder(t, 357-len(r.got), 357)
+	if len(r.got) < 200 {
+		t.Errorf("%d arrived", len(r.got))
+	}
+}
+
+// Without file descriptors, no file is to blame: the folder is not used for a while.
+func TestSpoolSurvivesALackOfDescriptors(t *testing.T) {
+	r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
+	q, log := r.spooled(t, newDir(t))
+	q.put(points(0, 1))
+	q.put(points(1, 1))
+	q.try(t)
+	for _, err := range []error{syscall.EMFILE, syscall.ENFILE} {
+		trouble := q.spool.trouble(&fs.PathError{Op: "open", Path: q.spool.dir, Err: err})
+		if !errors.Is(trouble, err) {
+			t.Errorf("%v counts as the file's trouble", err)
+		}
+		q.spool.fail(trouble)
+		q.store.useDisk(false, false)
+		if b, _ := q.turn(false); b != nil {
+			t.Errorf("%s is tried at once", b.file)
+		}
+		q.put(nil) // it works again
+	}
+	got := log.Take()
+	for _, want := range []string{diskTold, syscall.EMFILE.Error(), diskBack} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %s in\n%s", want, got)
+		}
+	}
+	r.fail = nil
+	deliverAll(t, q)
+	r.inOrder(t, 0, 2)
+}
+
+// BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from the spool
+// to a stand-in, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
 func BenchmarkDrain(b *testing.B) {
 	const sweeps, size = 24 * 60, 4000
 	url := os.Getenv("BENCH_BACKSTOP")
@@ -518,15 +883,12 @@ func BenchmarkDrain(b *testing.B) {
 		for i := range sweeps {
 			at := now - int64(sweeps-i)*60
 			for m := range metrics {
-				metrics[m] = metric{
-					"",
-					fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40),
-					whole(uint64(i*m) * 1234567),
-					at,
-				}
+				name := fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40)
+				metrics[m] = metric{"", name, whole(uint64(i*m) * 1234567), at}
 			}
-			name := fmt.Sprintf("%s-%010d-%d.json.gz", time.Unix(at, 0).UTC().Format(spoolTime), i, size)
-			harness.Must(b, os.WriteFile(filepath.Join(spool.dir, name), pack(encode(metrics[:])), 0o600))
+			start := time.Unix(at, 0).UTC().Format(spoolTime)
+			path := filepath.Join(spool.dir, fmt.Sprintf("%s-%010d-%d.json.gz", start, i, size))
+			harness.Must(b, os.WriteFile(path, pack(encode(metrics[:])), 0o600))
 		}
 		b.StartTimer()
 		q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, spool.dir)
