@@ -43,6 +43,7 @@ var labels = map[string][]string{
 	"s":                {"s"},
 	"ns":               {"ns"},
 	"ns × 0.000000001": {"s"},
+	"CPUs × 100":       {"percent"},
 	"ns/s × 0.0000001": {"percent", "threads' time, 100 is one CPU's"},
 	"bytes":            {"bytes"},
 	"bytes/s":          {"Bps", "bytes a second"},
@@ -322,11 +323,12 @@ func TestDashboardsKeepToTheContract(t *testing.T) {
 		"<h>.containers.{running,paused,stopped}", "<c>.cpu.percent", "<c>.memory.{working_set,percent}",
 		"<c>.network.{rx,tx}_{bytes,errors,dropped}",
 		"<c>.blkio.{read,write}_bytes", "<c>.pids.current", "<c>.restarts", "<c>.health", "<c>.uptime",
+		"<h>.events.{die,oom}",
 		"<h>.metrics.{duration,sampled,failed,collisions,sent,retried,dropped,spooled}",
 	}
 	needed := map[string][]string{
 		"deploy/grafana.json": append(both[:len(both):len(both)],
-			"<c>.cpu.{total,kernel,user}", "<c>.cpu.throttling.{periods,throttled_periods}",
+			"<c>.cpu.{total,kernel,user,limit}", "<c>.cpu.throttling.{periods,throttled_periods}",
 			"<c>.memory.limit"),
 		"deploy/graphite-dashboard.json": append(both[:len(both):len(both)],
 			"<c>.cpu.throttling.throttled_time"),

@@ -56,6 +56,12 @@ const (
 		"'sum'), 'memory limit reached')"
 )
 
+// happened counts events of the host between two points.
+func happened(event, legend string) string {
+	return "alias(consolidateBy(nonNegativeDerivative($prefix.$host.events." + event +
+		"), 'sum'), '" + legend + "')"
+}
+
 var rows = []row{
 	{"Host $host", []panel{
 		{title: "Containers", unit: "short", width: 4, height: 8, number: &number{reduce: "lastNotNull"},
@@ -67,6 +73,13 @@ var rows = []row{
 			unit: "percent", width: 10, height: 8, queries: []string{busiest}},
 		{title: "Memory, the largest ten", about: ofHost + "The working set, as docker stats shows it.",
 			unit: "bytes", width: 10, height: 8, queries: []string{largest}},
+		{title: "Containers that started and ended", about: "Also those that no poll saw.",
+			unit: "short", width: 12, height: 8, bars: true, queries: []string{
+				happened("start", "started"), happened("die", "ended"),
+				happened("die_nonzero", "ended with an error")}},
+		{title: "OOM kills, unhealthy", about: "Of all containers of the host.",
+			unit: "short", width: 12, height: 8, bars: true, queries: []string{
+				happened("oom", "OOM kills"), happened("unhealthy", "became unhealthy")}},
 	}},
 	{"Container $container", []panel{
 		{title: "Uptime", unit: "s", width: 6, height: 4, number: &number{reduce: "lastNotNull"},
@@ -93,7 +106,8 @@ var rows = []row{
 			queries: []string{
 				"alias(scale(perSecond($prefix.$container.cpu.total), 0.0000001), 'total')",
 				"alias(scale(perSecond($prefix.$container.cpu.user), 0.0000001), 'user')",
-				"alias(scale(perSecond($prefix.$container.cpu.kernel), 0.0000001), 'kernel')"}},
+				"alias(scale(perSecond($prefix.$container.cpu.kernel), 0.0000001), 'kernel')",
+				"alias(scale($prefix.$container.cpu.limit, 100), 'limit')"}},
 		{title: "CPU, held back by its limit",
 			about: "The share of its CPU periods in which it had to wait. Empty without a limit.",
 			unit:  "percent", width: 12, height: 8, max: 100, queries: []string{heldBack}},
