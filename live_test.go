@@ -756,3 +756,35 @@ func TestLiveCPULimit(t *testing.T) {
 		}
 	}
 }
+
+// A container that ends at once and is restarted for ever is never called gone or failed, and has
+// one line in the log.
+func TestLiveCrashLoop(t *testing.T) {
+	e := harness.Usual(t)
+	c, log := liveCollector(t, e)
+	e.Run(t, "loop", "exit 7", docker.HostConfig{NetworkMode: "none",
+		RestartPolicy: docker.AlwaysRestart()})
+	var restarts metric
+	for deadline := time.Now().Add(time.Minute); restarts.value.n < 4; {
+		result := c.sweep(t.Context())
+		if result.err != nil || result.failed > 0 {
+			t.Fatalf("%v, %d failed: %s", result.err, result.failed, log.Take())
+		}
+		if now, there := byName(t, result.metrics)["loop.restarts"]; there {
+			restarts = now
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("restarted %d times in a minute", restarts.value.n)
+		}
+	}
+	got := log.Take()
+	about := regexp.MustCompile(`(?m)^.* container=`+regexp.QuoteMeta(e.Name(t, "loop"))+` .*$`).
+		FindAllString(got, -1)
+	about = slices.DeleteFunc(about, func(line string) bool {
+		return strings.Contains(line, "container is gone") // before it was first seen waiting
+	})
+	if len(about) != 1 || !strings.Contains(about[0], "restarted again and again") ||
+		!strings.Contains(about[0], "exit_code=7") || strings.Contains(got, "level=ERROR") {
+		t.Errorf("logged %s", got)
+	}
+}
