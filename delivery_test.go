@@ -389,8 +389,9 @@ func TestQueueIsBounded(t *testing.T) {
 			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
 		}
 		// At most one line a minute, but each loss is in one.
-		logged(t, log, 1, `level=ERROR msg="no room for more metrics; the oldest are given up" `+
-			`metrics=100 from=`, ` limit=1MiB`)
+		logged(t, log, 1,
+			`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
+			` limit=1MiB`)
 		time.Sleep(time.Minute)
 		held := len(q.batches)
 		q.fill(4*fit+1, 1)
@@ -593,8 +594,10 @@ func TestStoreThatHangs(t *testing.T) {
 
 // The pause before a retry depends on the answer.
 func TestDeliveryPace(t *testing.T) {
-	const fails, refuses = "Backstop fails, keeping metrics",
-		"Backstop refuses metrics, keeping them until that is mended"
+	const (
+		fails   = "Backstop fails, keeping metrics"
+		refuses = "Backstop refuses metrics, keeping them until that is mended"
+	)
 	soon, late := 500*time.Millisecond, 1500*time.Millisecond
 	for _, test := range []struct {
 		err         error
@@ -1230,7 +1233,8 @@ func TestEverythingArrives(t *testing.T) {
 		{"none", first(0), nil, false},
 		{"reset before the body was read", first(5), resets(false), true},
 		{"reset after the body was read", first(5), resets(true), true},
-		{"500 now and then", everyThird, harness.AnswerWith(500, "<h1>ECONNREFUSED</h1>"), false},
+		{"500 now and then", everyThird,
+			harness.AnswerWith(500, "<h1>Errno::ECONNREFUSED</h1>"), false},
 		{"503 with Retry-After", first(2), func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Retry-After", "1")
 			w.WriteHeader(503)
