@@ -226,8 +226,10 @@ func TestImages(t *testing.T) {
 	inspected()
 	r.On("/containers/fx-two/json", nil)
 	for range 2 {
-		if got := c.sweep(t.Context()); got.failed != 0 || c.containers.holders["fx-two"].category != "bb" {
-			t.Errorf("%d failed, %+v", got.failed, c.containers.holders["fx-two"])
+		got := c.sweep(t.Context())
+		two := c.containers.holders["fx-two"]
+		if got.failed != 0 || two.category != "bb" {
+			t.Errorf("%d failed, %+v", got.failed, two)
 		}
 	}
 	// Once for the image, once for the uptime
@@ -351,8 +353,8 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 	}
 }
 
-// What engines answer for a container that has just stopped, they also answer for some that run: only
-// inspect tells.
+// What engines answer for a container that has just stopped, they also answer for some that run:
+// only inspect tells.
 func TestStoppedIsNotAFailure(t *testing.T) {
 	for why, answer := range map[string]http.HandlerFunc{
 		"one-shot":        harness.AnswerWith(500, `{"message":"cgroups: cgroup deleted"}`),

@@ -385,6 +385,76 @@ type inspected struct {
 	}
 }
 
+// runs reports whether a container in a list of all of them is one of those that run.
+func (l *listed) runs() bool {
+	switch l.State {
+	case "running", "paused", "restarting":
+		return true
+	case "":
+		return l.Status == "" || strings.HasPrefix(l.Status, "Up") || l.isRestarting()
+	}
+	return false
+}
+
+func (l *listed) isRestarting() bool {
+	return l.State == "restarting" || l.State == "" && strings.HasPrefix(l.Status, "Restarting")
+}
+
+func (l *listed) isPaused() bool {
+	return l.State == "paused" || l.State == "" && strings.HasSuffix(l.Status, "(Paused)")
+}
+
+// healthStatus returns what the list says of a container's health, "" if it says nothing.
+func (l *listed) healthStatus() string {
+	switch {
+	case l.Health.Status != "" && l.Health.Status != "none":
+		return l.Health.Status
+	case strings.Contains(l.Status, "(healthy)"):
+		return "healthy"
+	case strings.Contains(l.Status, "(unhealthy)"):
+		return "unhealthy"
+	case strings.Contains(l.Status, "(health: starting)"):
+		return "starting"
+	}
+	return ""
+}
+
+// cpuLimit returns how many CPUs a container may use, 0 if there is no limit.
+func (now *inspected) cpuLimit() (least float64) {
+	host := &now.HostConfig
+	period := host.CPUPeriod.n
+	if period == 0 {
+		period = 100_000 // the kernel's default
+	}
+	for _, limit := range [...]float64{
+		float64(host.NanoCpus.n) / 1e9,
+		float64(host.CPUQuota.n) / float64(period),
+		float64(sizeOf(host.CpusetCpus)),
+	} {
+		if limit > 0 && (least == 0 || limit < least) {
+			least = limit
+		}
+	}
+	return least
+}
+
+// sizeOf returns how many CPUs a list such as "0-2,7" has, 0 if it is none.
+func sizeOf(cpuset string) (size uint64) {
+	for part := range strings.SplitSeq(cpuset, ",") {
+		first, last, isRange := strings.Cut(strings.TrimSpace(part), "-")
+		from, err := strconv.ParseUint(first, 10, 16)
+		to := from
+		if err == nil && isRange {
+			to, err = strconv.ParseUint(last, 10, 16)
+		}
+		if err != nil || to < from {
+			return 0
+		}
+		size += to - from + 1
+	}
+	return size
+}
+
 // inspect returns what the engine knows of a container beside its stats.
 // API: #tag/Container/operation/ContainerInspect
 func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {

@@ -729,7 +729,8 @@ func TestLiveEvents(t *testing.T) {
 	}
 	// Other tests may use the engine, too.
 	var now [5]uint64
-	for deadline := time.Now().Add(time.Minute); now[0] < 2 || now[1] < 2 || now[2] < 1 || now[3] < 1; {
+	deadline := time.Now().Add(time.Minute)
+	for now[0] < 2 || now[1] < 2 || now[2] < 1 || now[3] < 1 {
 		if now = counted(); time.Now().After(deadline) {
 			t.Fatalf("start, die, die_nonzero, oom, unhealthy are %v: %s", now, log.Take())
 		}

@@ -295,8 +295,8 @@ func (l layer) mark(secret string, isCut bool, hidden []bool) {
 	}
 }
 
-// escapes read an escape of a URL, a query, HTML, and of Go or JSON at the start of a text, and what
-// is not printable.
+// escapes read an escape of a URL, a query, HTML, and of Go or JSON at the start of a text, and
+// what is not printable.
 var escapes = []func(text string) (meaning string, size int){
 	func(text string) (string, int) {
 		if len(text) < 3 || text[0] != '%' {

@@ -65,8 +65,8 @@ func TestLiveOnlyReads(t *testing.T) {
 		"--check").CombinedOutput(); err != nil {
 		t.Errorf("--check: %v\n%s", err, text)
 	}
-	for _, path := range []string{"/_ping", "/info", "/events", "/containers/json", "/containers/ID/json",
-		"/containers/ID/stats"} {
+	for _, path := range []string{"/_ping", "/info", "/events", "/containers/json",
+		"/containers/ID/json", "/containers/ID/stats"} {
 		if !seen[path] {
 			t.Errorf("%s was not asked for, and is let through for nothing", path)
 		}
