@@ -214,7 +214,7 @@ func (c *collector) askAll(
 	}
 	c.flow.run(len(asked), func(i int) {
 		b := buffers.Get().(*buffer)
-		defer buffers.Put(b)
+		defer b.release()
 		s := sampling{c, asked[i], from, c.engine.clock.at(start), flattener{
 			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
 		}}
@@ -291,6 +291,21 @@ type buffer struct {
 
 var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
+// maxPooled bounds what a buffer keeps, in bytes: a large answer arrives in another buffer each
+// time, until all are large.
+const maxPooled = 64 << 10
+
+// release makes b free for another sample.
+func (b *buffer) release() {
+	if b.body.Cap() > maxPooled {
+		b.body = bytes.Buffer{}
+	}
+	if cap(b.metrics) > maxPooled/64 { // 56 bytes each
+		b.metrics = nil
+	}
+	buffers.Put(b)
+}
+
 // sampling makes the metrics of one container.
 type sampling struct {
 	*collector
@@ -365,7 +380,7 @@ func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
 		known.learn(now, s.now)
 	}
 	sample := stats.cpuSample(known.startedAt, from)
-	if percent, ok := sample.percentSince(known.last, from); ok {
+	if percent, ok := sample.percentSince(known.last); ok {
 		s.addDecimal(".cpu.percent", percent)
 	}
 	known.last = sample

@@ -275,26 +275,33 @@ func collectsInTicks(server string) bool {
 
 // count is a number that an engine may have sent. Unlike a pointer, it needs no allocation.
 type count struct {
-	n    uint64
-	sent bool
+	n      uint64
+	sent   bool
+	broken bool // something was sent that is no count; n is kept if it was only too large
 }
 
-func counted(n uint64) count { return count{n, true} }
+// tooLarge is no count: "no limit", or a counter that fell below 0.
+const tooLarge = 1 << 63
 
-// UnmarshalJSON takes null for not sent.
+func counted(n uint64) count { return count{n, n < tooLarge, n >= tooLarge} }
+
+// absent reports whether nothing was sent.
+func (c count) absent() bool { return !c.sent && !c.broken }
+
+// UnmarshalJSON takes null for not sent. It never fails: a number that is negative or has a
+// fraction, or something else in its place, costs this count only.
 func (c *count) UnmarshalJSON(text []byte) error {
 	if string(text) == "null" {
 		return nil
 	}
 	n, err := strconv.ParseUint(string(text), 10, 64)
-	if err != nil {
-		kind := kindOf(text)
-		if kind == "number" {
-			kind += " " + string(text)
-		}
-		return &json.UnmarshalTypeError{Value: kind, Type: reflect.TypeFor[uint64]()}
+	if errors.Is(err, strconv.ErrRange) {
+		err = nil // n is the largest there is
 	}
-	*c = counted(n)
+	*c = count{broken: true}
+	if err == nil {
+		*c = counted(n)
+	}
 	return nil
 }
 

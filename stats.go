@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,22 +16,15 @@ import (
 // stats is the part of a stats answer that is used: see engine.stats.
 type stats struct {
 	Read     *time.Time         `json:"read"`
-	NumProcs uint64             `json:"num_procs"` // CPUs, Windows only
+	Windows  windows            `json:"os_type"`   // since API 1.52
+	NumProcs count              `json:"num_procs"` // CPUs, Windows only
 	CPU      cpuStats           `json:"cpu_stats"`
 	Memory   memoryStats        `json:"memory_stats"`
 	Networks map[string]network `json:"networks"`
 	Network  *network           `json:"network"` // before API 1.21
-	Blkio    struct {
-		Bytes []blkioEntry `json:"io_service_bytes_recursive"`
-		Ops   []blkioEntry `json:"io_serviced_recursive"` // cgroup v1
-	} `json:"blkio_stats"`
-	Storage struct { // Windows
-		ReadBytes  count `json:"read_size_bytes"`
-		WriteBytes count `json:"write_size_bytes"`
-		ReadOps    count `json:"read_count_normalized"`
-		WriteOps   count `json:"write_count_normalized"`
-	} `json:"storage_stats"`
-	Pids struct {
+	Blkio    blkioStats         `json:"blkio_stats"`
+	Storage  diskIO             `json:"storage_stats"` // Windows
+	Pids     struct {
 		Current count `json:"current"`
 		Limit   count `json:"limit"`
 	} `json:"pids_stats"`
@@ -40,10 +32,10 @@ type stats struct {
 
 type cpuStats struct {
 	Usage struct {
-		Total  count    `json:"total_usage"`         // ns; Windows: 100 ns
-		Kernel count    `json:"usage_in_kernelmode"` // the same
-		User   count    `json:"usage_in_usermode"`   // the same
-		Cores  []uint64 `json:"percpu_usage"`        // ns, cgroup v1
+		Total  count   `json:"total_usage"`         // ns; Windows: 100 ns
+		Kernel count   `json:"usage_in_kernelmode"` // the same
+		User   count   `json:"usage_in_usermode"`   // the same
+		Cores  []count `json:"percpu_usage"`        // ns, cgroup v1; all that are possible
 	} `json:"cpu_usage"`
 	System     count `json:"system_cpu_usage"` // ns
 	Online     count `json:"online_cpus"`      // since API 1.27
@@ -95,23 +87,46 @@ type network struct {
 	TxDropped count `json:"tx_dropped"`
 }
 
-// blkioEntry counts one kind of operation on one device.
-type blkioEntry struct {
-	Major uint64 `json:"major"`
-	Minor uint64 `json:"minor"`
-	Op    string `json:"op"` // read, write and others; cgroup v1 writes them with a capital
-	Value uint64 `json:"value"`
+// blkioStats lists operations on block devices. What was not sent is nil.
+type blkioStats struct {
+	Bytes []blkioEntry `json:"io_service_bytes_recursive"`
+	Ops   []blkioEntry `json:"io_serviced_recursive"` // cgroup v1
 }
 
-// decodeStats reads a stats answer. It returns errStopped for a container that does not run:
-// that answer has no time or, from Podman, nothing in it.
+// blkioEntry counts one kind of operation on one device.
+type blkioEntry struct {
+	Major count  `json:"major"`
+	Minor count  `json:"minor"`
+	Op    string `json:"op"` // read, write and others; cgroup v1 writes them with a capital
+	Value count  `json:"value"`
+}
+
+// diskIO counts what went through block devices, as Windows sends it.
+type diskIO struct {
+	ReadBytes  count `json:"read_size_bytes"`
+	WriteBytes count `json:"write_size_bytes"`
+	ReadOps    count `json:"read_count_normalized"`
+	WriteOps   count `json:"write_count_normalized"`
+}
+
+// windows is whether the name of an operating system is that.
+type windows bool
+
+func (w *windows) UnmarshalJSON(name []byte) error {
+	*w = string(name) == `"windows"`
+	return nil
+}
+
+// decodeStats reads a stats answer. A value of another type than its field costs that field. It
+// returns errStopped for a container that does not run: that answer has no time or, from Podman,
+// nothing in it.
 func decodeStats(body []byte) (*stats, error) {
 	if len(body) == 0 {
 		return nil, errStopped
 	}
 	var s stats
 	err := fastjson.Unmarshal(body, &s)
-	if err != nil { // encoding/json has the better errors
+	if err != nil { // encoding/json goes on after a value of another type, and has the better errors
 		s = stats{}
 		err = json.Unmarshal(body, &s)
 	}
@@ -119,9 +134,7 @@ func decodeStats(body []byte) (*stats, error) {
 	switch {
 	case errors.As(err, &kind) && kind.Field == "":
 		return nil, rubbish{fmt.Errorf("its stats answer is a JSON %s, not an object", kind.Value)}
-	case errors.As(err, &kind):
-		return nil, rubbish{fmt.Errorf("its stats answer has %s for %s", kind.Value, kind.Field)}
-	case err != nil:
+	case err != nil && kind == nil:
 		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
 	case s.Read == nil:
 		return nil, rubbish{errors.New("its stats answer has no time of reading")}
@@ -158,14 +171,24 @@ func parseDetails(list string) (per details, err error) {
 // flatten adds the metrics of s to f, under path. What is absent is not sent: it is not 0.
 func (s *stats) flatten(f *flattener, path string, from origin, per details) {
 	f.path, f.at = path, s.Read.Unix()
-	f.cpu(&s.CPU, from.windows, per.core)
-	f.memory(&s.Memory)
+	from = s.origin(from)
+	f.cpu(&s.CPU, from, per.core)
+	f.memory(&s.Memory, from)
 	f.networks(s, per.iface)
-	f.blkio(s, per.device)
+	f.blkio(s, from, per.device)
 	f.add(".pids.current", s.Pids.Current)
-	if limit := s.Pids.Limit; limit.n != 0 && limit.n != math.MaxUint64 { // both mean unlimited
+	if limit := s.Pids.Limit; limit.n != 0 { // 0 means unlimited, and so does 2^64 - 1
 		f.add(".pids.limit", limit)
 	}
+}
+
+// origin returns from with what the answer itself tells: of Windows, and the CPUs that are online.
+func (s *stats) origin(from origin) origin {
+	from.windows = from.windows || bool(s.Windows)
+	if online := s.CPU.Online; online.sent && online.n > 0 {
+		from.cpus = online.n
+	}
+	return from
 }
 
 // flattener collects the metrics of one container, or of the host.
@@ -194,39 +217,38 @@ func (f *flattener) addDecimal(name string, number float64) {
 	}
 }
 
-func (f *flattener) cpu(cpu *cpuStats, windows, perCore bool) {
+func (f *flattener) cpu(cpu *cpuStats, from origin, perCore bool) {
 	total, kernel, user := cpu.Usage.Total, cpu.Usage.Kernel, cpu.Usage.User
-	if windows {
+	if from.windows {
 		total, kernel, user = times100(total), times100(kernel), times100(user)
 	}
 	f.add(".cpu.total", total)
 	f.add(".cpu.kernel", kernel)
 	f.add(".cpu.user", user)
 	f.add(".cpu.system", cpu.System)
-	if online := cpu.online(); online > 0 {
-		f.add(".cpu.online", counted(online))
+	if from.cpus > 0 {
+		f.add(".cpu.online", counted(from.cpus))
 	}
 	f.add(".cpu.throttling.periods", cpu.Throttling.Periods)
 	f.add(".cpu.throttling.throttled_periods", cpu.Throttling.ThrottledPeriods)
 	f.add(".cpu.throttling.throttled_time", cpu.Throttling.ThrottledTime)
-	if perCore {
-		for i, core := range cpu.Usage.Cores {
-			f.add(".cpu.core."+strconv.Itoa(i), counted(core))
+	if !perCore {
+		return
+	}
+	for i, core := range cpu.Usage.Cores {
+		if uint64(i) < from.cpus || core.n > 0 { // others may only be possible
+			f.add(".cpu.core."+strconv.Itoa(i), core)
 		}
 	}
 }
 
-// online returns how many CPUs the engine has, 0 if it does not tell.
-func (cpu *cpuStats) online() uint64 {
-	if cpu.Online.n > 0 {
-		return cpu.Online.n
-	}
-	return uint64(len(cpu.Usage.Cores))
-}
-
-func (f *flattener) memory(m *memoryStats) {
+func (f *flattener) memory(m *memoryStats, from origin) {
 	f.add(".memory.usage", m.Usage)
-	f.add(".memory.limit", m.Limit)
+	limit := m.Limit
+	if from.memory > 0 && limit.n > from.memory {
+		limit = counted(from.memory)
+	}
+	f.add(".memory.limit", limit)
 	f.add(".memory.max_usage", m.MaxUsage)
 	cache := firstOf(m.Stats.TotalCache, m.Stats.Cache, m.Stats.File)
 	f.add(".memory.cache", cache)
@@ -235,12 +257,16 @@ func (f *flattener) memory(m *memoryStats) {
 	}
 	workingSet := m.workingSet()
 	f.add(".memory.working_set", workingSet)
-	if workingSet.sent && m.Limit.n > 0 {
-		f.addDecimal(".memory.percent", float64(workingSet.n)/float64(m.Limit.n)*100)
+	if workingSet.sent && limit.sent && limit.n > 0 {
+		f.addDecimal(".memory.percent", float64(workingSet.n)/float64(limit.n)*100)
 	}
 	f.add(".memory.rss", firstOf(m.Stats.TotalRSS, m.Stats.RSS, m.Stats.Anon))
 	f.add(".memory.swap", firstOf(m.Stats.TotalSwap, m.Stats.Swap))
-	f.add(".memory.failcnt", m.Failcnt)
+	failcnt := m.Failcnt
+	if failcnt.absent() && !m.Usage.absent() && !from.podman {
+		failcnt = counted(0) // Docker cannot send that, and Podman never counts
+	}
+	f.add(".memory.failcnt", failcnt)
 	f.add(".memory.pgfault", firstOf(m.Stats.TotalPgfault, m.Stats.Pgfault))
 	f.add(".memory.pgmajfault", firstOf(m.Stats.TotalPgmajfault, m.Stats.Pgmajfault))
 	f.add(".memory.commit", m.Commit)
@@ -251,11 +277,14 @@ func (f *flattener) memory(m *memoryStats) {
 // workingSet is what `docker stats` shows as memory in use.
 // https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
 func (m *memoryStats) workingSet() count {
-	if m.PrivateWorkingSet.sent {
+	if !m.PrivateWorkingSet.absent() || !m.Usage.sent {
 		return m.PrivateWorkingSet
 	}
 	for _, inactive := range [...]count{m.Stats.TotalInactiveFile, m.Stats.InactiveFile} {
-		if inactive.sent && inactive.n < m.Usage.n {
+		switch {
+		case inactive.broken:
+			return inactive
+		case inactive.sent && inactive.n < m.Usage.n:
 			return counted(m.Usage.n - inactive.n)
 		}
 	}
@@ -284,12 +313,36 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 	if !perInterface {
 		return
 	}
-	for _, name := range slices.Sorted(maps.Keys(s.Networks)) {
-		if node := graphiteNode(name); node != "" {
-			n := s.Networks[name]
-			f.network(".network."+node, &n)
+	nodes := interfaceNodes(s.Networks)
+	for _, name := range slices.Sorted(maps.Keys(nodes)) {
+		n := s.Networks[name]
+		f.network(".network."+nodes[name], &n)
+	}
+}
+
+// interfaceNodes returns the node of each interface's metrics. One whose name had to be changed
+// gives way to the others: eth0.1 becomes eth0_1, or eth0_1_2 beside another eth0_1.
+func interfaceNodes(networks map[string]network) map[string]string {
+	nodes, taken, alike := map[string]string{}, map[string]bool{}, map[string]int{}
+	for name := range networks {
+		if name != "" && graphiteNode(name) == name {
+			nodes[name], taken[name] = name, true
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(networks)) {
+		if name == "" || nodes[name] != "" {
+			continue
+		}
+		whole := graphiteNode(name)
+		node := whole
+		for taken[node] {
+			alike[whole]++
+			suffix := "_" + strconv.Itoa(alike[whole]+1)
+			node = whole[:min(len(whole), maxNode-len(suffix))] + suffix
+		}
+		nodes[name], taken[node] = node, true
+	}
+	return nodes
 }
 
 func (f *flattener) network(path string, n *network) {
@@ -310,46 +363,94 @@ func (f *flattener) network(path string, n *network) {
 	}
 }
 
-func (f *flattener) blkio(s *stats, perDevice bool) {
-	bytes, ops := s.Blkio.Bytes, s.Blkio.Ops
-	f.add(".blkio.read_bytes", firstOf(sumOf(bytes, "read", nil), s.Storage.ReadBytes))
-	f.add(".blkio.write_bytes", firstOf(sumOf(bytes, "write", nil), s.Storage.WriteBytes))
-	f.add(".blkio.read_ops", firstOf(sumOf(ops, "read", nil), s.Storage.ReadOps))
-	f.add(".blkio.write_ops", firstOf(sumOf(ops, "write", nil), s.Storage.WriteOps))
+func (f *flattener) blkio(s *stats, from origin, perDevice bool) {
+	f.diskIO(".blkio", s.diskIO(from))
 	if !perDevice {
 		return
 	}
-	done := map[device]bool{}
-	for _, entry := range slices.Concat(bytes, ops) {
-		d := device{entry.Major, entry.Minor}
-		if done[d] {
-			continue
+	order, on := s.Blkio.byDevice()
+	for _, d := range order {
+		if d.major.sent && d.minor.sent {
+			f.diskIO(fmt.Sprintf(".blkio.%d_%d", d.major.n, d.minor.n), on[d].sums())
 		}
-		done[d] = true
-		path := fmt.Sprintf(".blkio.%d_%d", d.major, d.minor)
-		f.add(path+".read_bytes", sumOf(bytes, "read", &d))
-		f.add(path+".write_bytes", sumOf(bytes, "write", &d))
-		f.add(path+".read_ops", sumOf(ops, "read", &d))
-		f.add(path+".write_ops", sumOf(ops, "write", &d))
 	}
 }
 
-type device struct{ major, minor uint64 }
+func (f *flattener) diskIO(path string, io diskIO) {
+	for _, c := range [...]struct {
+		name string // whole, so that the usual path needs no allocation
+		count
+	}{
+		{".blkio.read_bytes", io.ReadBytes}, {".blkio.write_bytes", io.WriteBytes},
+		{".blkio.read_ops", io.ReadOps}, {".blkio.write_ops", io.WriteOps},
+	} {
+		name := c.name
+		if path != ".blkio" {
+			name = path + strings.TrimPrefix(name, ".blkio")
+		}
+		f.add(name, c.count)
+	}
+}
 
-// sumOf adds up the entries of an operation, on one device or, with nil, on all. The sum counts as
-// not sent if the engine sent no array. It is 0 if the array has no such entry: nothing was done
-// yet. Other operations, such as Total and Sync, repeat what read and write have.
-func sumOf(entries []blkioEntry, op string, on *device) count {
+// diskIO returns the sums over all devices.
+func (s *stats) diskIO(from origin) diskIO {
+	total, storage := s.Blkio.sums(), s.Storage
+	var otherwise count
+	if from.windows {
+		otherwise = counted(0) // Docker cannot send that
+	}
+	return diskIO{
+		firstOf(total.ReadBytes, storage.ReadBytes, otherwise),
+		firstOf(total.WriteBytes, storage.WriteBytes, otherwise),
+		firstOf(total.ReadOps, storage.ReadOps, otherwise),
+		firstOf(total.WriteOps, storage.WriteOps, otherwise),
+	}
+}
+
+type device struct{ major, minor count }
+
+// byDevice sorts the operations by their devices, and returns these in the order of the answer.
+func (b *blkioStats) byDevice() (order []device, on map[device]*blkioStats) {
+	on = map[device]*blkioStats{}
+	one := func(entry blkioEntry) *blkioStats {
+		d := device{entry.Major, entry.Minor}
+		if on[d] == nil {
+			order = append(order, d)
+			on[d] = &blkioStats{b.Bytes[:0:0], b.Ops[:0:0]} // nil of nil
+		}
+		return on[d]
+	}
+	for _, entry := range b.Bytes {
+		its := one(entry)
+		its.Bytes = append(its.Bytes, entry)
+	}
+	for _, entry := range b.Ops {
+		its := one(entry)
+		its.Ops = append(its.Ops, entry)
+	}
+	return order, on
+}
+
+func (b *blkioStats) sums() diskIO {
+	return diskIO{
+		sumOf(b.Bytes, "read"), sumOf(b.Bytes, "write"), sumOf(b.Ops, "read"), sumOf(b.Ops, "write"),
+	}
+}
+
+// sumOf adds up the entries of an operation. The sum counts as not sent if the engine sent no
+// array. It is 0 if the array has no such entry: nothing was done yet. Other operations, such as
+// Total and Sync, repeat what read and write have.
+func sumOf(entries []blkioEntry, op string) count {
 	if entries == nil {
 		return count{}
 	}
-	var total uint64
-	for _, entry := range entries {
-		if strings.EqualFold(entry.Op, op) && (on == nil || *on == device{entry.Major, entry.Minor}) {
-			total += entry.Value
+	total := counted(0)
+	for i := range entries {
+		if strings.EqualFold(entries[i].Op, op) {
+			total = sum(total, entries[i].Value)
 		}
 	}
-	return counted(total)
+	return total
 }
 
 // cpuSample is kept until a container's next sample, to make a percentage of the two.
@@ -357,27 +458,31 @@ type cpuSample struct {
 	startedAt time.Time // the container
 	read      time.Time
 	total     uint64 // ns; Windows: 100 ns
-	system    uint64 // ns
-	cpus      uint64
+	system    uint64 // ns, 0 if it is not known
+	from      origin
 }
 
 // cpuSample returns nil if the engine sent no CPU time.
 func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
-	if !s.CPU.Usage.Total.sent {
+	total, system := s.CPU.Usage.Total, s.CPU.System
+	if !total.sent {
 		return nil
 	}
-	sample := &cpuSample{startedAt, *s.Read, s.CPU.Usage.Total.n, s.CPU.System.n, s.CPU.online()}
-	if from.windows {
-		sample.cpus = s.NumProcs
+	if !system.sent {
+		system.n = 0
 	}
-	return sample
+	from = s.origin(from)
+	if from.windows && s.NumProcs.sent {
+		from.cpus = s.NumProcs.n
+	}
+	return &cpuSample{startedAt, *s.Read, total.n, system.n, from}
 }
 
 // percentSince returns how much CPU the container used since an earlier sample, by the formula of
-// `docker stats`: 100 is one full CPU, on Windows all of them. ok is false after a restart, or if
-// a clock did not go forward.
+// `docker stats`: 100 is one full CPU, on Windows all of them. ok is false after a restart, if a
+// clock did not go forward, or if something is not known.
 // https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
-func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent float64, ok bool) {
+func (now *cpuSample) percentSince(before *cpuSample) (percent float64, ok bool) {
 	if before == nil || now == nil || !now.startedAt.Equal(before.startedAt) {
 		return 0, false
 	}
@@ -386,30 +491,45 @@ func (now *cpuSample) percentSince(before *cpuSample, from origin) (percent floa
 	}
 	used := float64(now.total - before.total)
 	elapsed := float64(now.read.Sub(before.read)) // ns
+	cpus := float64(now.from.cpus)
 	switch {
-	case from.windows:
-		percent = used / (elapsed / 100 * float64(now.cpus)) * 100
-	case from.podman:
+	case now.from.podman:
 		// Its system_cpu_usage is what all CPUs were used, not what they could give.
-		percent = used / elapsed * 100
-	case now.system > before.system:
-		percent = used / float64(now.system-before.system) * float64(now.cpus) * 100
-	default:
+		return used / elapsed * 100, true
+	case cpus == 0:
 		return 0, false
+	case now.from.windows:
+		return used / (elapsed / 100 * cpus) * 100, true
+	case before.system > 0 && now.system > before.system:
+		return used / float64(now.system-before.system) * cpus * 100, true
 	}
-	return percent, true
+	return 0, false
 }
 
 func sum(a, b count) count {
-	return count{a.n + b.n, a.sent || b.sent}
+	switch {
+	case a.broken || b.broken:
+		return count{broken: true}
+	case a.sent || b.sent:
+		return counted(a.n + b.n)
+	}
+	return count{}
 }
 
-func times100(c count) count { return count{c.n * 100, c.sent} }
+func times100(c count) count {
+	switch {
+	case c.sent && c.n < tooLarge/100:
+		return counted(c.n * 100)
+	case c.absent():
+		return c
+	}
+	return count{broken: true}
+}
 
-// firstOf returns the first of its arguments that was sent.
+// firstOf returns the first of its arguments that was sent, be it broken.
 func firstOf(counts ...count) count {
 	for _, c := range counts {
-		if c.sent {
+		if !c.absent() {
 			return c
 		}
 	}

@@ -3,11 +3,13 @@ package main
 import (
 	"encoding/json"
 	"flag"
+	"fmt"
 	"math"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -49,8 +51,9 @@ func TestGoldenMetrics(t *testing.T) {
 		var got string
 		switch stats, err := decodeStats(body); {
 		case err == nil:
-			got = asLines(flattened(stats, origin{windows: strings.Contains(file, "windows")},
-				details{true, true, true}))
+			from := origin{windows: strings.Contains(file, "windows"),
+				podman: strings.Contains(file, "podman")}
+			got = asLines(flattened(stats, from, details{true, true, true}))
 		case err != errStopped:
 			t.Errorf("%s: %v", file, err)
 		}
@@ -79,27 +82,28 @@ func TestAbsentIsNotZero(t *testing.T) {
 		{"no interfaces", `{` + at + `"networks":{}}`, ""},
 		{"a zero that was sent", `{` + at + `"cpu_stats":{"cpu_usage":{"total_usage":0}}}`,
 			"c.cpu.total 0 1795409680\n"},
-		{"all digits", `{` + at + `"memory_stats":{"limit":18446744073709551615}}`,
-			"c.memory.limit 18446744073709551615 1795409680\n"},
+		{"all digits", `{` + at + `"memory_stats":{"limit":9223372036854775807}}`,
+			"c.memory.limit 9223372036854775807 1795409680\n"},
 		{"cgroup v1: the children count",
 			`{` + at + `"memory_stats":{"usage":10,"stats":{"total_cache":4,"cache":1,"file":2,` +
 				`"total_inactive_file":3,"inactive_file":1}}}`,
 			"c.memory.usage 10 1795409680\nc.memory.cache 4 1795409680\nc.memory.active 6 " +
-				"1795409680\nc.memory.working_set 7 1795409680\n"},
+				"1795409680\nc.memory.working_set 7 1795409680\nc.memory.failcnt 0 1795409680\n"},
 		{"cgroup v1 of old", `{` + at + `"memory_stats":{"usage":10,"stats":{"cache":1,"rss":2,` +
 			`"swap":3}}}`,
 			"c.memory.usage 10 1795409680\nc.memory.cache 1 1795409680\nc.memory.active 9 " +
 				"1795409680\nc.memory.working_set 10 1795409680\nc.memory.rss 2 1795409680\nc.memory.swap 3 " +
-				"1795409680\n"},
+				"1795409680\nc.memory.failcnt 0 1795409680\n"},
 		{"more cache than usage",
 			`{` + at + `"memory_stats":{"usage":10,"limit":30,"stats":{"file":11,"inactive_file":11}}}`,
 			"c.memory.usage 10 1795409680\nc.memory.limit 30 1795409680\nc.memory.cache 11 " +
 				"1795409680\nc.memory.active 0 1795409680\nc.memory.working_set 10 " +
-				"1795409680\nc.memory.percent 33.333 1795409680\n"},
+				"1795409680\nc.memory.percent 33.333 1795409680\nc.memory.failcnt 0 1795409680\n"},
 		{"cache without usage", `{` + at + `"memory_stats":{"stats":{"file":11}}}`,
 			"c.memory.cache 11 1795409680\n"},
 		{"no limit, no percentage", `{` + at + `"memory_stats":{"usage":1,"limit":0}}`,
-			"c.memory.usage 1 1795409680\nc.memory.limit 0 1795409680\nc.memory.working_set 1 1795409680\n"},
+			"c.memory.usage 1 1795409680\nc.memory.limit 0 1795409680\n" +
+				"c.memory.working_set 1 1795409680\nc.memory.failcnt 0 1795409680\n"},
 		{"unlimited pids, cgroup v1", `{` + at + `"pids_stats":{"current":3,"limit":0}}`,
 			"c.pids.current 3 1795409680\n"},
 		{"unlimited pids, cgroup v2",
@@ -107,8 +111,7 @@ func TestAbsentIsNotZero(t *testing.T) {
 				`"pids_stats":{"current":3,"limit":18446744073709551615}}`, "c.pids.current 3 1795409680\n"},
 		{"CPUs that are not told",
 			`{` + at + `"cpu_stats":{"online_cpus":0,"cpu_usage":{"percpu_usage":[]}}}`, ""},
-		{"CPUs that are counted", `{` + at + `"cpu_stats":{"cpu_usage":{"percpu_usage":[1,2,0]}}}`,
-			"c.cpu.online 3 1795409680\n"},
+		{"CPUs that are possible", `{` + at + `"cpu_stats":{"cpu_usage":{"percpu_usage":[1,2,0]}}}`, ""},
 		{"no device did anything",
 			`{` + at + `"blkio_stats":{"io_service_bytes_recursive":[],"io_serviced_recursive":null}}`,
 			"c.blkio.read_bytes 0 1795409680\nc.blkio.write_bytes 0 1795409680\n"},
@@ -141,49 +144,48 @@ func TestAbsentIsNotZero(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := asLines(flattened(stats, origin{windows: true}, details{}))
-	if want := "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"; got != want {
+	if got, want := asLines(flattened(stats, origin{windows: true},
+		details{})), "c.cpu.total 300 1795409680\nc.cpu.kernel 200 1795409680\n"+
+		"c.blkio.read_bytes 0 1795409680\nc.blkio.write_bytes 0 1795409680\n"+
+		"c.blkio.read_ops 0 1795409680\nc.blkio.write_ops 0 1795409680\n"; got != want {
 		t.Errorf("Windows: got\n%swant\n%s", got, want)
 	}
 }
 
 func TestCPUPercent(t *testing.T) {
 	at := func(s int) time.Time { return time.Unix(1795409680+int64(s), 0) }
-	started := at(-100)
 	const second = 1_000_000_000
-	before := &cpuSample{startedAt: started, read: at(0), total: 10 * second, system: 1000 * second,
-		cpus: 2}
+	linux, podman := origin{cpus: 2}, origin{podman: true}
+	windows := origin{windows: true, cpus: 2}
+	sample := func(from origin, start, read, total, system int) *cpuSample {
+		return &cpuSample{at(start), at(read), uint64(total), uint64(system), from}
+	}
+	const end = 1120 * second
 	for _, test := range []struct {
 		why  string
 		now  *cpuSample
-		from origin
 		want string // "" for none
 	}{
-		{"half a CPU of two", &cpuSample{started, at(60), 40 * second, 1120 * second, 2}, origin{}, "50"},
-		{"two full CPUs", &cpuSample{started, at(60), 130 * second, 1120 * second, 2}, origin{}, "200"},
-		{"idle", &cpuSample{started, at(60), 10 * second, 1120 * second, 2}, origin{}, "0"},
-		{"nothing told", nil, origin{}, ""},
-		{"the counter fell", &cpuSample{started, at(60), 9 * second, 1120 * second, 2}, origin{}, ""},
-		{"started anew", &cpuSample{at(30), at(60), 40 * second, 1120 * second, 2}, origin{}, ""},
-		{"the system's clock stood still", &cpuSample{started, at(60), 40 * second, 1000 * second, 2},
-			origin{}, ""},
-		{"the system's clock fell", &cpuSample{started, at(60), 40 * second, 10 * second, 2}, origin{},
-			""},
-		{"the same answer again", &cpuSample{started, at(0), 40 * second, 1120 * second, 2}, origin{},
-			""},
-		{"the engine's clock was put back", &cpuSample{started, at(-60), 40 * second, 1120 * second, 2},
-			origin{}, ""},
+		{"half a CPU of two", sample(linux, -100, 60, 40*second, end), "50"},
+		{"two full CPUs", sample(linux, -100, 60, 130*second, end), "200"},
+		{"idle", sample(linux, -100, 60, 10*second, end), "0"},
+		{"nothing told", nil, ""},
+		{"the counter fell", sample(linux, -100, 60, 9*second, end), ""},
+		{"started anew", sample(linux, 30, 60, 40*second, end), ""},
+		{"the system's clock stood still", sample(linux, -100, 60, 40*second, 1000*second), ""},
+		{"the system's clock fell", sample(linux, -100, 60, 40*second, 10*second), ""},
+		{"the same answer again", sample(linux, -100, 0, 40*second, end), ""},
+		{"the engine's clock was put back", sample(linux, -100, -60, 40*second, end), ""},
+		{"CPUs are not known", sample(origin{}, -100, 60, 40*second, end), ""},
 		// Podman's system counts used time only.
-		{"Podman", &cpuSample{started, at(60), 40 * second, 1031 * second, 2}, origin{podman: true},
-			"50"},
+		{"Podman", sample(podman, -100, 60, 40*second, 1031*second), "50"},
 		// 100 ns, of which two processors have 1,200,000,000 a minute.
-		{"Windows", &cpuSample{started, at(60), 10*second + 300_000_000, 0, 2}, origin{windows: true},
-			"25"},
-		{"Windows that does not tell its processors", &cpuSample{started, at(60), 11 * second, 0, 0},
-			origin{windows: true}, ""},
+		{"Windows", sample(windows, -100, 60, 10*second+300_000_000, 0), "25"},
+		{"Windows that does not tell its processors",
+			sample(origin{windows: true}, -100, 60, 11*second, 0), ""},
 	} {
 		got := ""
-		if percent, ok := test.now.percentSince(before, test.from); ok {
+		if percent, ok := test.now.percentSince(sample(linux, -100, 0, 10*second, 1000*second)); ok {
 			if v, ok := decimal(percent); ok {
 				got = string(v.append(nil))
 			}
@@ -192,8 +194,12 @@ func TestCPUPercent(t *testing.T) {
 			t.Errorf("%s: %q, want %q", test.why, got, test.want)
 		}
 	}
-	if _, ok := before.percentSince(nil, origin{}); ok {
+	now := sample(linux, -100, 60, 40*second, end)
+	if _, ok := now.percentSince(nil); ok {
 		t.Error("there is a percentage of a first sample")
+	}
+	if _, ok := now.percentSince(sample(linux, -100, 0, 10*second, 0)); ok {
+		t.Error("there is a percentage since a sample without the system's clock")
 	}
 }
 
@@ -208,9 +214,10 @@ func FuzzStats(f *testing.F) {
 		if err != nil {
 			f.Fatal(err)
 		}
-		f.Add(body, strings.Contains(file, "windows"), strings.Contains(file, "podman"))
+		f.Add(body, strings.Contains(file, "windows"), strings.Contains(file, "podman"),
+			uint64(4), uint64(8<<30))
 	}
-	f.Fuzz(func(t *testing.T, body []byte, windows, podman bool) {
+	f.Fuzz(func(t *testing.T, body []byte, windows, podman bool, cpus, memory uint64) {
 		stats, err := decodeStats(body)
 		if err != nil {
 			if strings.ContainsAny(errorText(err), "\r\n") {
@@ -218,15 +225,23 @@ func FuzzStats(f *testing.F) {
 			}
 			return
 		}
-		from := origin{windows: windows, podman: podman}
+		from := origin{windows, podman, cpus >> 1, memory >> 1}
 		flat := flattener{}
 		stats.flatten(&flat, "c", from, details{true, true, true})
 		now := stats.cpuSample(time.Time{}, from)
-		before := &cpuSample{read: stats.Read.Add(-time.Minute)}
-		if percent, ok := now.percentSince(before, from); ok {
+		before := &cpuSample{read: stats.Read.Add(-time.Minute), system: 1}
+		if percent, ok := now.percentSince(before); ok {
 			flat.addDecimal(".cpu.percent", percent)
 		}
+		seen := map[string]bool{}
 		for _, m := range flat.metrics {
+			if seen[m.name()] {
+				t.Errorf("%s twice", m.name())
+			}
+			seen[m.name()] = true
+			if !m.value.thousandth && m.value.n >= 1<<63 {
+				t.Errorf("%s is %d", m.name(), m.value.n)
+			}
 			if !harness.IsGoodName(m.name()) {
 				t.Errorf("the name %q", m.name())
 			}
@@ -461,5 +476,286 @@ func TestLastOf(t *testing.T) {
 		if want := string(encode(metrics[max(n-1, 0):n])); got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
+	}
+}
+
+// What engines send that is no count, and what Docker cannot send.
+
+// valuesOf returns the metrics of a stats answer with what is given beside its time, as "name
+// value" without the container, sorted.
+func valuesOf(t *testing.T, answer string, from origin, per details) []string {
+	t.Helper()
+	s, err := decodeStats([]byte(`{"read":"2026-11-23T04:54:40.9Z",` + answer + `}`))
+	if err != nil {
+		t.Errorf("%s: %v", answer, err)
+		return nil
+	}
+	var values []string
+	for _, m := range flattened(s, from, per) {
+		values = append(values, strings.TrimPrefix(m.name(), "c.")+" "+string(m.value.append(nil)))
+	}
+	slices.Sort(values)
+	return values
+}
+
+func TestNumbersThatAreNone(t *testing.T) {
+	host := origin{cpus: 2, memory: 8000}
+	for _, test := range []struct {
+		why, answer string
+		from        origin
+		want        string
+	}{
+		// podman#16007
+		{"no limit", `"memory_stats":{"usage":400,"limit":18446744073709551615,` +
+			`"max_usage":18446744073709551615}`, host,
+			"cpu.online 2, memory.failcnt 0, memory.limit 8000, memory.percent 5, memory.usage 400, " +
+				"memory.working_set 400"},
+		{"no limit on cgroup v1", `"memory_stats":{"limit":9223372036854771712}`, host,
+			"cpu.online 2, memory.limit 8000"},
+		{"a limit above the host's memory", `"memory_stats":{"usage":400,"limit":8001}`, host,
+			"cpu.online 2, memory.failcnt 0, memory.limit 8000, memory.percent 5, memory.usage 400, " +
+				"memory.working_set 400"},
+		{"a limit of its own", `"memory_stats":{"limit":7999}`, host,
+			"cpu.online 2, memory.limit 7999"},
+		{"a limit that is none", `"memory_stats":{"limit":-1}`, host, "cpu.online 2"},
+		{"no limit, and an unknown host", `"memory_stats":{"usage":4,"limit":9223372036854775808}`,
+			origin{}, "memory.failcnt 0, memory.usage 4, memory.working_set 4"},
+		{"unlimited pids", `"pids_stats":{"current":3,"limit":18446744073709551615}`, origin{},
+			"pids.current 3"},
+		{"a limit with more digits than that", `"pids_stats":{"limit":100000000000000000000}`, origin{},
+			""},
+		// moby#42140
+		{"an underflow", `"memory_stats":{"usage":18446744073709547520,"limit":9,"max_usage":8,` +
+			`"stats":{"total_cache":4,"total_rss":0,"total_inactive_file":4}}`, origin{},
+			"memory.cache 4, memory.failcnt 0, memory.limit 9, memory.max_usage 8, memory.rss 0"},
+		{"a broken part of a difference", `"memory_stats":{"usage":9,"limit":10,` +
+			`"stats":{"total_inactive_file":-4,"inactive_file":1,"total_cache":1.5,"cache":1}}`, origin{},
+			"memory.failcnt 0, memory.limit 10, memory.usage 9"},
+		{"a broken part of a sum", `"networks":{"a":{"rx_bytes":1,"tx_bytes":2},` +
+			`"b":{"rx_bytes":-1,"tx_bytes":3},"c":{"tx_bytes":4}}`, origin{}, "network.tx_bytes 9"},
+		{"a sum that is too large", `"networks":{"a":{"rx_bytes":9223372036854775807},` +
+			`"b":{"rx_bytes":1,"tx_bytes":3}}`, origin{}, "network.tx_bytes 3"},
+		{"a broken entry of a device", `"blkio_stats":{"io_service_bytes_recursive":[` +
+			`{"op":"read","value":-1},{"op":"read","value":4},{"op":"write","value":2}]}`, origin{},
+			"blkio.write_bytes 2"},
+		{"ticks that are too many", `"cpu_stats":{"cpu_usage":{"total_usage":92233720368547758080,` +
+			`"usage_in_usermode":922337203685477581,"usage_in_kernelmode":1}},"storage_stats":` +
+			`{"read_size_bytes":-1,"write_size_bytes":1,"read_count_normalized":1,` +
+			`"write_count_normalized":1}`, origin{windows: true},
+			"blkio.read_ops 1, blkio.write_bytes 1, blkio.write_ops 1, cpu.kernel 100"},
+		{"CPUs", `"cpu_stats":{"online_cpus":-2,"system_cpu_usage":"much"}`, host, "cpu.online 2"},
+	} {
+		if got := strings.Join(valuesOf(t, test.answer, test.from, details{}), ", "); got != test.want {
+			t.Errorf("%s: got\n%s, want\n%s", test.why, got, test.want)
+		}
+	}
+}
+
+// eachValue calls do for each value within a JSON value, while something else stands in its place.
+func eachValue(within, other any, path string, do func(path string, old any)) {
+	in := func(name string, old any, set func(any)) {
+		set(other)
+		do(path+"/"+name, old)
+		set(old)
+		eachValue(old, other, path+"/"+name, do)
+	}
+	switch within := within.(type) {
+	case map[string]any:
+		for name, old := range within {
+			in(name, old, func(v any) { within[name] = v })
+		}
+	case []any:
+		for i, old := range within {
+			in(strconv.Itoa(i), old, func(v any) { within[i] = v })
+		}
+	}
+}
+
+// Whatever stands in the place of a value, the answer is read. A number that is none costs what is
+// made of it, and changes nothing else.
+func TestOneBrokenValueCostsItself(t *testing.T) {
+	for _, engine := range []string{"cgroup1/stats-two", "cgroup2/stats-two", "windows/stats-web"} {
+		var answer map[string]any
+		decoder := json.NewDecoder(strings.NewReader(
+			harness.ReadFile(t, "testdata/engine/"+engine+".json")))
+		decoder.UseNumber()
+		harness.Must(t, decoder.Decode(&answer))
+		flat := func() ([]metric, error) {
+			body, err := json.Marshal(answer)
+			harness.Must(t, err)
+			s, err := decodeStats(body)
+			if err != nil {
+				return nil, err
+			}
+			from := origin{windows: strings.HasPrefix(engine, "windows"), cpus: 2}
+			return flattened(s, from, details{true, true, true}), nil
+		}
+		all, err := flat()
+		harness.Must(t, err)
+		for _, other := range []any{json.Number("-1"), json.Number("1.5"),
+			json.Number("18446744073709551615"), "", "x", true, nil,
+			[]any{}, []any{"x"}, map[string]any{}, map[string]any{"x": []any{}}} {
+			eachValue(answer, other, "", func(path string, old any) {
+				got, err := flat()
+				if (err == nil) == (path == "/read") {
+					t.Errorf("%s: %v in %s: error %v", engine, other, path, err)
+				}
+				_, wasNumber := old.(json.Number)
+				if _, isNumber := other.(json.Number); !wasNumber || !isNumber {
+					return
+				}
+				if len(got) < len(all)-4 { // usage, active, working_set and percent
+					t.Errorf("%s: %v in %s costs %d metrics", engine, other, path, len(all)-len(got))
+				}
+				for _, m := range got {
+					if !slices.Contains(all, m) {
+						t.Errorf("%s: %v in %s makes %s", engine, other, path, m.appendLine(nil))
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestCPUs(t *testing.T) {
+	const cores = `"cpu_stats":{"cpu_usage":{"percpu_usage":[7,0,0,5]}`
+	for _, test := range []struct {
+		why, answer string
+		from        origin
+		want        string
+	}{
+		{"as the answer tells", cores + `,"online_cpus":2}`, origin{cpus: 8},
+			"cpu.core.0 7, cpu.core.1 0, cpu.core.3 5, cpu.online 2"},
+		{"as /info tells", cores + `}`, origin{cpus: 1}, "cpu.core.0 7, cpu.core.3 5, cpu.online 1"},
+		{"as nobody tells", cores + `,"online_cpus":0}`, origin{}, "cpu.core.0 7, cpu.core.3 5"},
+		{"a broken one", `"cpu_stats":{"online_cpus":3,"cpu_usage":{"percpu_usage":[7,-1,6]}}`,
+			origin{}, "cpu.core.0 7, cpu.core.2 6, cpu.online 3"},
+	} {
+		got := strings.Join(valuesOf(t, test.answer, test.from, details{core: true}), ", ")
+		if got != test.want {
+			t.Errorf("%s: got %s, want %s", test.why, got, test.want)
+		}
+	}
+
+	// A percentage is of the CPUs that are online, be they told by /info only.
+	percent := func(from origin, cpu string) float64 {
+		t.Helper()
+		sample := func(second, total, system int) *cpuSample {
+			s, err := decodeStats(fmt.Appendf(nil, `{"read":"2026-11-23T04:54:%dZ","num_procs":0,`+
+				`"cpu_stats":{"cpu_usage":{"total_usage":%d},"system_cpu_usage":%d%s}}`,
+				second, total, system, cpu))
+			harness.Must(t, err)
+			return s.cpuSample(time.Time{}, from)
+		}
+		percent, ok := sample(50, 200, 2000).percentSince(sample(40, 100, 1000))
+		if !ok {
+			return -1
+		}
+		return percent
+	}
+	for _, test := range []struct {
+		from origin
+		cpu  string
+		want float64
+	}{
+		{origin{cpus: 4}, "", 40},
+		{origin{cpus: 4}, `,"online_cpus":2`, 20},
+		{origin{}, `,"percpu_usage":[1,2]`, -1},
+		{origin{podman: true}, "", 100e-6},
+	} {
+		if got := percent(test.from, test.cpu); math.Abs(got-test.want) > 1e-3 {
+			t.Errorf("of %+v with %s: %v%%, want %v%%", test.from, test.cpu, got, test.want)
+		}
+	}
+}
+
+// Docker leaves out what is 0.
+func TestZerosThatDockerCannotSend(t *testing.T) {
+	const windows = `"os_type":"windows","storage_stats":{"write_size_bytes":5},"cpu_stats":` +
+		`{"cpu_usage":{"total_usage":3}},"memory_stats":{"commitbytes":1}`
+	for _, test := range []struct {
+		why, answer string
+		from        origin
+		want        string
+	}{
+		{"Docker", `"memory_stats":{"usage":1}`, origin{},
+			"memory.failcnt 0, memory.usage 1, memory.working_set 1"},
+		{"Docker after an OOM kill", `"memory_stats":{"usage":1,"failcnt":1}`, origin{},
+			"memory.failcnt 1, memory.usage 1, memory.working_set 1"},
+		{"Docker that does not tell of memory", `"memory_stats":{}`, origin{}, ""},
+		{"Podman", `"memory_stats":{"usage":1}`, origin{podman: true},
+			"memory.usage 1, memory.working_set 1"},
+		{"Windows by its body", windows, origin{},
+			"blkio.read_bytes 0, blkio.read_ops 0, blkio.write_bytes 5, blkio.write_ops 0, " +
+				"cpu.total 300, memory.commit 1"},
+		{"Windows by its header", `"storage_stats":{"read_size_bytes":1}`, origin{windows: true},
+			"blkio.read_bytes 1, blkio.read_ops 0, blkio.write_bytes 0, blkio.write_ops 0"},
+		{"Linux by its body", `"os_type":"linux","storage_stats":{}`, origin{}, ""},
+		{"no name of a system", `"os_type":7,"storage_stats":{}`, origin{}, ""},
+	} {
+		if got := strings.Join(valuesOf(t, test.answer, test.from, details{}), ", "); got != test.want {
+			t.Errorf("%s: got %s, want %s", test.why, got, test.want)
+		}
+	}
+
+	s, err := decodeStats([]byte(`{"read":"2026-11-23T04:54:40Z","os_type":"windows","num_procs":2,` +
+		`"cpu_stats":{"cpu_usage":{"total_usage":300000000}}}`))
+	harness.Must(t, err)
+	now := s.cpuSample(time.Time{}, origin{})
+	before := &cpuSample{read: s.Read.Add(-time.Minute)}
+	if percent, ok := now.percentSince(before); !ok || percent != 25 {
+		t.Errorf("Windows by its body: %v%%, %t", percent, ok)
+	}
+}
+
+func TestInterfacesAreToldApart(t *testing.T) {
+	long := strings.Repeat("x", maxNode)
+	for _, test := range []struct{ names, want []string }{
+		{[]string{"eth0", "eth1"}, []string{"eth0 1", "eth1 2"}},
+		{[]string{"eth0.1", "eth1"}, []string{"eth0_1 1", "eth1 2"}},
+		{[]string{"eth0.1", "eth0_1"}, []string{"eth0_1 2", "eth0_1_2 1"}},
+		{[]string{"a.b", "a:b", "a_b_2", "a b"}, []string{"a_b 4", "a_b_2 3", "a_b_3 1", "a_b_4 2"}},
+		{[]string{long, long + "y", long + "z"},
+			[]string{long[2:] + "_2 2", long[2:] + "_3 3", long + " 1"}},
+		{[]string{""}, nil},
+	} {
+		networks := map[string]any{}
+		for i, name := range test.names {
+			networks[name] = map[string]any{"rx_bytes": i + 1}
+		}
+		body, err := json.Marshal(networks)
+		harness.Must(t, err)
+		var got []string
+		for _, value := range valuesOf(t, `"networks":`+string(body), origin{}, details{iface: true}) {
+			value = strings.TrimPrefix(value, "network.")
+			if node, n, of := strings.Cut(value, ".rx_bytes"); of {
+				got = append(got, node+n)
+			}
+		}
+		slices.Sort(got)
+		slices.Sort(test.want)
+		if !slices.Equal(got, test.want) {
+			t.Errorf("%q became %q, want %q", test.names, got, test.want)
+		}
+	}
+}
+
+// A thousand times the devices may take some thousand times as long, not a million times.
+func TestManyDevicesTakeLinearTime(t *testing.T) {
+	flatten := func(devices int) (f flattener, took time.Duration) {
+		s := stats{Read: new(time.Unix(1795409680, 0))}
+		for i := range devices {
+			for _, op := range []string{"Read", "Write", "Sync", "Async", "Total"} {
+				s.Blkio.Bytes = append(s.Blkio.Bytes,
+					blkioEntry{counted(8), counted(uint64(i)), op, counted(1)})
+			}
+		}
+		start := time.Now()
+		s.flatten(&f, "c", origin{}, details{device: true})
+		return f, time.Since(start)
+	}
+	f, took := flatten(15_000)
+	if len(f.metrics) != 2+2*15_000 || took > time.Second {
+		t.Errorf("%d metrics of 15,000 devices in %s", len(f.metrics), took)
 	}
 }
