@@ -25,6 +25,10 @@ const (
 	// leadPause is what Carbon's host has to tell Backstop's that the connection is dead: more than
 	// the round trip between the two.
 	leadPause = 50 * time.Millisecond
+	// maxPage bounds an answer, in bytes. An error page can have 140 KB, of which one line is used.
+	maxPage = 256 << 10
+	// pageTimeout is for an answer's body, once the header has told what became of the request.
+	pageTimeout = time.Second
 	// maxTries is how often a request is sent that a server error answers, before delivery waits.
 	maxTries = 3
 	// maxRetryAfter is how far we follow a Retry-After.
@@ -42,11 +46,11 @@ type destination struct {
 type backstop struct {
 	url       *url.URL // without the credentials
 	auth      *url.Userinfo
-	transport *http.Transport // a http.Client would follow redirects, and turn a POST into a GET
-	timeout   time.Duration   // for a request
-	leadAfter time.Duration   // the pause after which a lead goes ahead
-	leadPause time.Duration   // between it and what follows
-	asked     time.Time       // when a request last succeeded, or a lead was last sent
+	transport transport     // a http.Client would follow redirects, and turn a POST into a GET
+	timeout   time.Duration // for a request
+	leadAfter time.Duration // the pause after which a lead goes ahead
+	leadPause time.Duration // between it and what follows
+	asked     time.Time     // when a request last succeeded, or a lead was last sent
 }
 
 // newBackstop prepares for posting to an http or https URL such as
@@ -71,13 +75,12 @@ func newBackstop(text string) (*backstop, error) {
 		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, " +
 			"where PREFIX is one of its PREFIXES; " + want)
 	}
-	b := &backstop{url: u, auth: u.User, transport: http.DefaultTransport.(*http.Transport).Clone(),
+	b := &backstop{url: u, auth: u.User, transport: transport{newTransport(postTimeout), maxPage},
 		timeout: postTimeout, leadAfter: leadAfter, leadPause: leadPause}
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
 	// Backstop answers 404 to a trailing slash.
 	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/")
 	b.transport.IdleConnTimeout = keepAlive
-	b.transport.TLSHandshakeTimeout = postTimeout
 	return b, nil
 }
 
@@ -177,10 +180,10 @@ func (b *backstop) request(ctx context.Context, body []byte) error {
 		return plainly(ctx, err)
 	}
 	defer resp.Body.Close()
-	// An error page can have 140 KB, of which one line is wanted. The rest is read, up to
-	// a bound, because only then the connection can be used again.
+	// All of it is read, up to a bound, because only then the connection can be used again.
+	defer time.AfterFunc(pageTimeout, cancel).Stop()
 	start, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
-	io.CopyN(io.Discard, resp.Body, 256<<10)
+	io.Copy(io.Discard, resp.Body)
 	if resp.StatusCode/100 == 2 {
 		b.asked = time.Now()
 		return nil

@@ -35,7 +35,9 @@ var defaultDocker = map[bool]string{
 
 const (
 	// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
-	maxAnswer = 64 << 20
+	maxAnswer = 32 << 20
+	// maxError bounds an answer that says what is wrong.
+	maxError = 64 << 10
 	// maxStats bounds a stats answer, in bytes. With two networks it has 2 KB, with a thousand
 	// block devices on cgroup v1 1 MB.
 	maxStats = 2 << 20
@@ -92,26 +94,23 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 			"such as unix:///var/run/docker.sock or tcp://host:2375", err)
 	}
 	client.Dialer = &net.Dialer{Timeout: timeout}
-	newTransport := func() *http.Transport {
-		return &http.Transport{
-			Proxy:           http.ProxyFromEnvironment,
-			DialContext:     (&net.Dialer{Timeout: timeout}).DialContext,
-			TLSClientConfig: tlsConfig,
-			// As many as usually are in flight; the engine holds a goroutine for each. They
-			// have no idle timeout, which would cause wake-ups between sweeps.
-			MaxIdleConnsPerHost: 128,
-		}
+	connections := newTransport(timeout)
+	connections.TLSClientConfig = tlsConfig
+	connections.MaxConnsPerHost = maxConnections()
+	// As many as usually are in flight; the engine holds a goroutine for each. They have no idle
+	// timeout, which would cause wake-ups between sweeps.
+	connections.MaxIdleConnsPerHost = 128
+	if u.Scheme != "http" && u.Scheme != "https" {
+		// This makes it dial the socket. It has no effect on the others: the library's own TLS
+		// does not verify the engine if there is no ca.pem.
+		client.WithTransport(func() *http.Transport { return connections })
+		// Any host will do, but connections are counted by host, and this is the library's.
+		base = "http://unix.sock"
 	}
-	switch u.Scheme {
-	case "http", "https":
-		// WithTransport has no effect on these. And the library's own TLS does not verify
-		// the engine if there is no ca.pem.
-		client.HTTPClient.Transport = newTransport()
-	default:
-		client.WithTransport(newTransport)
-		base = "http://engine" // any host: the socket is dialed
+	client.HTTPClient.Transport = transport{connections, maxAnswer}
+	client.HTTPClient.CheckRedirect = func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse // another server would be asked
 	}
-	client.HTTPClient.Transport = bounded{client.HTTPClient.Transport}
 	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}, nil
 }
 
@@ -227,21 +226,6 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 		return nil, fmt.Errorf("the client's certificate, cert.pem and key.pem in %s: %w", dir, err)
 	}
 	return config, nil
-}
-
-// bounded is a transport that cuts answers after maxAnswer bytes, so that no engine can fill the
-// memory.
-type bounded struct{ http.RoundTripper }
-
-func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
-	resp, err := b.RoundTripper.RoundTrip(r)
-	if err == nil {
-		resp.Body = struct {
-			io.Reader
-			io.Closer
-		}{io.LimitReader(resp.Body, maxAnswer), resp.Body}
-	}
-	return resp, err
 }
 
 // hello asks the engine for its API version, which decides how to ask for stats. It returns what
@@ -596,6 +580,9 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 		return nil, plainly(ctx, err)
 	}
 	defer resp.Body.Close()
+	if resp.StatusCode/100 != 2 {
+		limit = maxError
+	}
 	_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
 	if resp.StatusCode/100 != 2 {
 		var message struct{ Message string }
@@ -617,6 +604,9 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	}
 	if int64(body.Len()) > limit {
 		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
+	}
+	if err := checkJSON(body.Bytes()); err != nil {
+		return nil, rubbish{err}
 	}
 	if api := resp.Header.Get("Api-Version"); api != e.api && api != "" {
 		e.changed.Store(true)

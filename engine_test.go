@@ -35,7 +35,7 @@ func noDockerEnv(t *testing.T) {
 func TestEngineAddresses(t *testing.T) {
 	noDockerEnv(t)
 	for _, test := range []struct{ endpoint, base, shown string }{
-		{"unix:///var/run/docker.sock", "http://engine", "unix:///var/run/docker.sock"},
+		{"unix:///var/run/docker.sock", "http://unix.sock", "unix:///var/run/docker.sock"},
 		{"tcp://docker", "http://docker:2375", "http://docker:2375"},
 		{"tcp://docker:1234", "http://docker:1234", "http://docker:1234"},
 		{"tcp://[::1]", "http://[::1]:2375", "http://[::1]:2375"},
@@ -143,7 +143,7 @@ func TestTLSAsTheDockerCommandHasIt(t *testing.T) {
 	}
 	// On a socket there is nothing to encrypt.
 	if e, err := newEngine("unix:///var/run/docker.sock", time.Second); err != nil ||
-		e.base != "http://engine" {
+		e.base != "http://unix.sock" {
 		t.Errorf("a socket with DOCKER_TLS_VERIFY: %v %v", e, err)
 	}
 
