@@ -45,7 +45,8 @@ func anchors(page string) map[string]bool {
 
 // Links lead to files, and to headings, that are there.
 func TestLinksLeadSomewhere(t *testing.T) {
-	pages := append(harness.Documents(t), "docs/third-party.md", "CONTRIBUTING.md", ".github/SECURITY.md")
+	pages := append(harness.Documents(t), "docs/third-party.md", "CONTRIBUTING.md",
+		".github/SECURITY.md")
 	n := 0
 	for _, page := range pages {
 		text := harness.ReadFile(t, page)
