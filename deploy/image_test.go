@@ -294,8 +294,24 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 			}
 		}
 	}
+	try := harness.AllOf(`(?m)^    (docker run --rm .* --once)$`, harness.ReadFile(t, "README.md"))
+	if len(try) != 1 {
+		t.Fatalf("the README tries %q", try)
+	}
+	tried := command(t, e, strings.Replace(try[0], " "+harness.Program+" ", " "+image+" ", 1))
+	if !strings.Contains(tried, ".metrics.sampled ") {
+		t.Errorf("%s prints\n%s", try[0], tried)
+	}
+
 	command(t, e, run)
 	await()
+	exec := "docker exec docker-stats-to-backstop"
+	check := strings.Replace(documented(t, "docs/names.md", "## See what rules do", exec), exec,
+		"docker exec "+container, 1)
+	names := command(t, e, strings.Split(strings.TrimSpace(check), "\n")[0])
+	if !strings.Contains(names, container) {
+		t.Errorf("%s prints\n%s", check, names)
+	}
 	it, err := e.InspectContainerWithOptions(docker.InspectContainerOptions{ID: container})
 	harness.Must(t, err)
 	if text := s.Lines(); strings.Contains(text, it.ID[:12]) {
