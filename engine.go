@@ -517,15 +517,19 @@ func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, e
 	if _, err := e.get(ctx, "/events?"+query.Encode(), maxAnswer, &body); err != nil {
 		return nil, err
 	}
-	var all []event
-	for lines := json.NewDecoder(&body); ; {
+	return decodeEvents(body.Bytes())
+}
+
+// decodeEvents reads events, one JSON object after the other. What is of a wrong type costs itself.
+func decodeEvents(body []byte) (all []event, err error) {
+	for lines := json.NewDecoder(bytes.NewReader(body)); ; {
 		var one event
 		err := lines.Decode(&one)
 		var kind *json.UnmarshalTypeError
 		switch {
 		case errors.Is(err, io.EOF):
 			return all, nil
-		case err != nil && !errors.As(err, &kind): // what is of a wrong type costs itself
+		case err != nil && !errors.As(err, &kind):
 			return nil, rubbish{fmt.Errorf("the events: %w", err)}
 		}
 		all = append(all, one)

@@ -800,3 +800,46 @@ func FuzzBackstopHTTP(f *testing.F) {
 		awaitAll(t, &served)
 	})
 }
+
+// fuzzDecoding hands answers to decode as get does.
+func fuzzDecoding(f *testing.F, file string, decode func(body []byte)) {
+	for _, engine := range []string{"cgroup1", "cgroup2", "podman"} {
+		if body, err := os.ReadFile("testdata/engine/" + engine + "/" + file); err == nil {
+			f.Add(body)
+		}
+	}
+	for _, body := range []string{``, `null`, `[]`, `{}`, `[{}]`, `[null]`, `{"State":7}`, `[[[[`} {
+		f.Add([]byte(body))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		if checkJSON(body) == nil {
+			decode(body)
+		}
+	})
+}
+
+func FuzzList(f *testing.F) {
+	fuzzDecoding(f, "containers.json", func(body []byte) {
+		list, _ := decodeLoosely[[]listed](body)
+		c := &containers{log: (&harness.Log{}).Logger()}
+		c.remember(list, nil, "h", time.Now())
+	})
+}
+
+func FuzzInspect(f *testing.F) {
+	fuzzDecoding(f, "inspect-idle.json", func(body []byte) {
+		if now, err := decodeLoosely[inspected](body); err == nil {
+			now.cpuLimit()
+		}
+	})
+}
+
+func FuzzInfo(f *testing.F) {
+	fuzzDecoding(f, "info.json", func(body []byte) { _, _ = decodeLoosely[info](body) })
+}
+
+func FuzzEvents(f *testing.F) {
+	f.Add([]byte(`{"Type":"container","Action":"die","timeNano":1,` +
+		`"Actor":{"Attributes":{"exitCode":"1"}}}`))
+	fuzzDecoding(f, "events.json", func(body []byte) { _, _ = decodeEvents(body) })
+}
