@@ -130,6 +130,14 @@ func (e *Engine) Start(
 	return container.ID
 }
 
+// Exec starts a command in a container.
+func (e *Engine) Exec(t *testing.T, id string, command ...string) {
+	t.Helper()
+	made, err := e.CreateExec(docker.CreateExecOptions{Container: id, Cmd: command})
+	Must(t, err)
+	Must(t, e.StartExec(made.ID, docker.StartExecOptions{Detach: true}))
+}
+
 // Remove removes a container, by its name or id.
 func (e *Engine) Remove(name string) error {
 	return e.RemoveContainer(docker.RemoveContainerOptions{ID: name, Force: true})
