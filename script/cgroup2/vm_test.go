@@ -96,12 +96,14 @@ func TestLiveOOMKill(t *testing.T) {
 	before, _ := newest(t, s, ".eats.memory.failcnt")
 	e.Exec(t, id, "/busybox", "touch", "/eat")
 	await(t, s, ".eats.memory.failcnt", before+1)
+	await(t, s, "h.events.oom", 1)
 
 	// A container that is killed as a whole is gone, which is no failure.
 	dies := e.Run(t, "dies", "exec /busybox tail /dev/zero", host)
 	if status, err := e.WaitContainer(dies); err != nil || status != 137 {
 		t.Errorf("it ended with %d %v; 137 is a SIGKILL", status, err)
 	}
+	await(t, s, "h.events.die_nonzero", 1)
 	awaitMore(t, s, "h.metrics.sampled", 2) // one may be of a poll that began before
 }
 
@@ -115,6 +117,9 @@ func TestLiveCPUsLimit(t *testing.T) {
 	awaitMore(t, s, ".half.cpu.percent", 2)
 	if percent, _ := newest(t, s, ".half.cpu.percent"); math.Abs(percent-50) > 5 {
 		t.Errorf("cpu.percent is %v with --cpus 0.5", percent)
+	}
+	if limit, _ := newest(t, s, ".half.cpu.limit"); limit != 0.5 {
+		t.Errorf("cpu.limit is %v with --cpus 0.5", limit)
 	}
 	throttled, _ := newest(t, s, ".half.cpu.throttling.throttled_periods")
 	if periods, _ := newest(t, s, ".half.cpu.throttling.periods"); throttled == 0 ||
