@@ -58,7 +58,7 @@ func cpuOf(pids ...int) (used time.Duration) {
 	return used
 }
 
-// ofChildren returns the CPU time of a process's children that have ended: an engine starts some for
+// ofChildren returns the CPU time of children that have ended: an engine starts some for
 // a call of /info. https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
 func ofChildren(pid int) (used time.Duration) {
 	const tick = 10 * time.Millisecond
