@@ -434,8 +434,3 @@ func (s *spool) tell(err error) {
 	}
 	s.failed = err != nil
 }
-
-// isOurs tells whether err, from read, is not the file's trouble but this process's, and will pass.
-func isOurs(err error) bool {
-	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
-}

@@ -157,8 +157,8 @@ func TestCPUPercent(t *testing.T) {
 	const second = 1_000_000_000
 	linux, podman := origin{cpus: 2}, origin{podman: true}
 	windows := origin{windows: true, cpus: 2}
-	sample := func(from origin, start, read, total, system int) *cpuSample {
-		return &cpuSample{at(start), at(read), uint64(total), uint64(system), from}
+	sample := func(from origin, start, read int, total, system uint64) *cpuSample {
+		return &cpuSample{at(start), at(read), total, system, from}
 	}
 	const end = 1120 * second
 	for _, test := range []struct {
