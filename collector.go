@@ -326,7 +326,7 @@ func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 	if !isDoubtful(err) {
 		return err
 	}
-	now := s.inspect(ctx)
+	now := s.lookAgain(ctx)
 	switch {
 	case isGone(now), errors.Is(now, errRestarting):
 		return now
@@ -335,6 +335,25 @@ func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 		if now != nil {
 			err = rubbish{fmt.Errorf("%w, and inspect: %w", err, now)}
 		}
+	}
+	return err
+}
+
+// ending is for how long an engine may say that a container runs whose process has ended.
+const ending = 1500 * time.Millisecond
+
+// lookAgain asks inspect whether a container runs that seems not to: several times, if it did at
+// the last poll.
+func (s *sampling) lookAgain(ctx context.Context) error {
+	err := s.inspect(ctx)
+	until := time.Now().Add(min(ending, s.engine.timeout/2))
+	for err == nil && s.known.trouble == "" && time.Now().Before(until) {
+		select {
+		case <-time.After(ending / 10):
+		case <-ctx.Done():
+			return nil
+		}
+		err = s.inspect(ctx)
 	}
 	return err
 }

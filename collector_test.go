@@ -1252,3 +1252,32 @@ func TestLargeAnswersLeaveNoLargeBuffers(t *testing.T) {
 		t.Error("a large buffer is kept")
 	}
 }
+
+// Docker 26 says of a container whose process has just ended that it runs, for up to a second.
+func TestAContainerThatEndsIsNotAFailure(t *testing.T) {
+	s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+	s.container("1", smallInspect, smallStats)
+	c.sweep(t.Context())
+	log.Take()
+	s.container("1", "", `{"message":"no metrics received"}`)
+	asked := 0
+	handler := s.Config.Handler
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/containers/1/json" {
+			handler.ServeHTTP(w, r)
+			return
+		}
+		if asked++; asked < 4 {
+			io.WriteString(w, smallInspect)
+		} else {
+			io.WriteString(w, `{"State":{"Running":false}}`)
+		}
+	})
+	if result := c.sweep(t.Context()); result.failed != 0 || asked != 4 {
+		t.Errorf("%d failed, inspect was asked %d times", result.failed, asked)
+	}
+	got := log.Take()
+	if !strings.Contains(got, "container is gone") || strings.Contains(got, "ERROR") {
+		t.Errorf("it logged %s", got)
+	}
+}

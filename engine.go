@@ -658,11 +658,15 @@ var errStopped = errors.New("it stopped while it was asked")
 // errRestarting says that a container waits to be started again by its restart policy.
 var errRestarting = errors.New("it waits to be restarted")
 
+// errNoTime is the error of an answer such as {"message":"no metrics received"}: Docker 26 says
+// that of a container whose process has just ended.
+var errNoTime = rubbish{errors.New("its stats answer has no time of reading")}
+
 // isDoubtful reports whether err, of a stats call, is one that engines also have for a container
 // that does not run: an answer with nothing in it, or such a status.
 func isDoubtful(err error) bool {
 	var status *docker.Error
-	return errors.Is(err, errStopped) ||
+	return errors.Is(err, errStopped) || errors.Is(err, errNoTime) ||
 		errors.As(err, &status) && (status.Status == http.StatusConflict || status.Status >= 500)
 }
 

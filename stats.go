@@ -137,7 +137,7 @@ func decodeStats(body []byte) (*stats, error) {
 	case err != nil && kind == nil:
 		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
 	case s.Read == nil:
-		return nil, rubbish{errors.New("its stats answer has no time of reading")}
+		return nil, errNoTime
 	case s.Read.IsZero():
 		return nil, errStopped
 	case s.Read.Unix() <= 0:
