@@ -779,3 +779,58 @@ func TestSlowSweepsAreToldOnce(t *testing.T) {
 		}
 	})
 }
+
+// Signs of life are given at what happens, and not more often than is of use: a sweep that hangs
+// gives none.
+func TestSystemdNoticesAHungSweep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var signs int
+		q, _ := (&receiver{}).queue(t)
+		s := &service{watchdog: 2 * time.Minute, queue: q.queue,
+			send: func(state string) {
+				if state == "WATCHDOG=1" {
+					signs++
+				}
+			}}
+		for range 10 * 60 { // answers, one a second
+			s.alive()
+			time.Sleep(time.Second)
+		}
+		if signs != 10*60/15 {
+			t.Errorf("%d signs of life in 10 minutes", signs)
+		}
+		signs = 0
+		time.Sleep(10 * time.Minute)
+		if signs != 0 {
+			t.Errorf("%d signs of life of one that hangs", signs)
+		}
+		// While sweeps go on, but a delivery hangs, there are none either.
+		q.put(points(0, 1))
+		q.next()
+		for range 20 * 60 {
+			s.alive()
+			time.Sleep(time.Second)
+		}
+		if signs > 5*60/15+1 {
+			t.Errorf("%d signs of life in 20 minutes with a delivery that hangs", signs)
+		}
+	})
+	// Each answer is one.
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, time.Minute)
+	answers := 0
+	c.alive = func() { answers++ }
+	c.flow.limit = 1
+	if result := c.sweep(t.Context()); answers != result.running || answers == 0 {
+		t.Errorf("%d answers of %d containers", answers, result.running)
+	}
+}
+
+// Without a socket of systemd there is no watchdog, whatever else is set.
+func TestNoSystemd(t *testing.T) {
+	t.Setenv("NOTIFY_SOCKET", "")
+	t.Setenv("WATCHDOG_USEC", "nonsense")
+	if service := newService(time.Second, nil); service.watchdog != 0 {
+		t.Errorf("a watchdog of %s, where there is none", service.watchdog)
+	}
+}

@@ -1,5 +1,5 @@
-// Package deploy_test holds what is deployed to what the daemon does: dashboards, image, Compose,
-// Swarm, and the proxy before the engine.
+// Package deploy_test holds what is deployed to what the daemon does: dashboards, image, unit,
+// Compose, Swarm, and the proxy before the engine.
 package deploy_test
 
 import (

@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package deploy_test
 
 import (
 	"bytes"
@@ -14,7 +14,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
@@ -53,8 +52,8 @@ func TestSystemdIsTold(t *testing.T) {
 	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))
 	var out bytes.Buffer
-	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker",
-		"--poll=1s")
+	daemon := exec.Command(harness.Program, "--docker="+engine.URL,
+		"--backstop="+s.URL+"/publish/docker", "--poll=1s")
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(),
 		"WATCHDOG_USEC=2000000")
 	daemon.Stderr = &out
@@ -80,63 +79,12 @@ func TestSystemdIsTold(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Errorf("%v\n%s", err, out.String())
 	}
-	t.Setenv("NOTIFY_SOCKET", "")
-	t.Setenv("WATCHDOG_USEC", "nonsense")
-	if service := newService(time.Second, nil); service.watchdog != 0 {
-		t.Errorf("a watchdog of %s, where there is none", service.watchdog)
-	}
-}
-
-// Signs of life are given at what happens, and not more often than is of use: a sweep that hangs
-// gives none.
-func TestSystemdNoticesAHungSweep(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var signs int
-		q, _ := (&receiver{}).queue(t)
-		s := &service{watchdog: 2 * time.Minute, queue: q.queue,
-			send: func(state string) {
-				if state == "WATCHDOG=1" {
-					signs++
-				}
-			}}
-		for range 10 * 60 { // answers, one a second
-			s.alive()
-			time.Sleep(time.Second)
-		}
-		if signs != 10*60/15 {
-			t.Errorf("%d signs of life in 10 minutes", signs)
-		}
-		signs = 0
-		time.Sleep(10 * time.Minute)
-		if signs != 0 {
-			t.Errorf("%d signs of life of one that hangs", signs)
-		}
-		// While sweeps go on, but a delivery hangs, there are none either.
-		q.put(points(0, 1))
-		q.next()
-		for range 20 * 60 {
-			s.alive()
-			time.Sleep(time.Second)
-		}
-		if signs > 5*60/15+1 {
-			t.Errorf("%d signs of life in 20 minutes with a delivery that hangs", signs)
-		}
-	})
-	// Each answer is one.
-	r := harness.NewReplay(t, "cgroup2")
-	c, _ := collecting(t, r.URL, time.Minute)
-	answers := 0
-	c.alive = func() { answers++ }
-	c.flow.limit = 1
-	if result := c.sweep(t.Context()); answers != result.running || answers == 0 {
-		t.Errorf("%d answers of %d containers", answers, result.running)
-	}
 }
 
 func TestUnitHasAWatchdog(t *testing.T) {
 	unit := harness.ReadFile(t, "deploy/docker-stats-to-backstop.service")
 	for _, line := range []string{"Type=notify", "WatchdogSec=2min", "WatchdogSignal=SIGKILL",
-		"StateDirectory=" + program} {
+		"StateDirectory=" + harness.Program} {
 		if !strings.Contains(unit, "\n"+line+"\n") {
 			t.Errorf("the unit has no %s", line)
 		}
@@ -148,7 +96,7 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 	if _, err := exec.LookPath("systemd-analyze"); err != nil {
 		harness.Cannot(t, "no systemd-analyze: %v", err)
 	}
-	binary, err := exec.LookPath(program) // see testscript.Main
+	binary, err := exec.LookPath(harness.Program) // see TestMain
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,8 +109,8 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		// It complains of a program that is not there, and a Docker that is not installed.
-		file := filepath.Join(dir, program+".service")
-		unit = strings.ReplaceAll(unit, "/usr/bin/"+program, binary)
+		file := filepath.Join(dir, harness.Program+".service")
+		unit = strings.ReplaceAll(unit, "/usr/bin/"+harness.Program, binary)
 		if err := os.WriteFile(file, []byte(unit), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -173,7 +121,8 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 		verify := exec.Command("systemd-analyze", "verify", file)
 		verify.Env = append(os.Environ(), fmt.Sprintf("SYSTEMD_UNIT_PATH=%s:", dir))
 		// What it says of other units, those of this machine, is not ours to mend.
-		if out, err := verify.CombinedOutput(); err != nil || strings.Contains(string(out), program) {
+		out, err := verify.CombinedOutput()
+		if err != nil || strings.Contains(string(out), harness.Program) {
 			t.Errorf("%s: %v\n%s", name, err, out)
 		}
 	}
@@ -188,14 +137,14 @@ func TestUnitRestartsWhatCrashed(t *testing.T) {
 		_ = daemon.Wait()
 		return fmt.Sprint(daemon.ProcessState.ExitCode())
 	}
-	mistaken := exec.Command(program, "--poll=never")
+	mistaken := exec.Command(harness.Program, "--poll=never")
 	harness.Must(t, mistaken.Start())
 	if got := status(mistaken); !slices.Equal(final, []string{got}) {
 		t.Errorf("a mistake has the status %s, the unit does not restart after %q", got, final)
 	}
 
 	engine := harness.NewReplay(t, "cgroup2")
-	crashing := exec.Command(program, "--docker="+engine.URL, "--poll=1h")
+	crashing := exec.Command(harness.Program, "--docker="+engine.URL, "--poll=1h")
 	out, err := crashing.StdoutPipe()
 	harness.Must(t, err)
 	harness.Must(t, crashing.Start())
@@ -211,8 +160,8 @@ func TestUnitRestartsWhatCrashed(t *testing.T) {
 // A terminal that is closed does not end it.
 func TestHangUpIsIgnored(t *testing.T) {
 	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
-	daemon := exec.Command(program, "--docker="+engine.URL, "--backstop="+s.URL+"/publish/docker",
-		"--poll=1s")
+	daemon := exec.Command(harness.Program, "--docker="+engine.URL,
+		"--backstop="+s.URL+"/publish/docker", "--poll=1s")
 	harness.Must(t, daemon.Start())
 	harness.Must(t, s.Await(`\.duration `, 1, time.Minute))
 	harness.Must(t, daemon.Process.Signal(syscall.SIGHUP))
