@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/cenkalti/backoff/v5"
 )
 
 const (
@@ -37,8 +40,19 @@ const (
 
 // destination is where metrics are delivered to.
 type destination struct {
-	name string // for the log
+	name    string // for the log
+	address string // for the log, without secrets
+	warning string // what to log at the start, "" for nothing
+	remote  bool   // whether it may be out of reach, so that a spool is of use
+
+	// post delivers a body from encode.
 	post func(ctx context.Context, body []byte) error
+	// confirm is nil if a post without an error is delivered. Else it returns how many of these
+	// posts, oldest first, are delivered, and when to ask again. With an error, all others have
+	// to be posted again.
+	confirm func() (delivered int, again time.Time, err error)
+	// idle is told for how long nothing will be posted; nil if that does not matter.
+	idle func(time.Duration)
 }
 
 // backstop is the client of one Backstop URL.
@@ -59,13 +73,13 @@ type backstop struct {
 func newBackstop(text string) (*backstop, error) {
 	u, err := url.Parse(text)
 	const want = "want one such as https://user:password@backstop.server/publish/docker, " +
-		"or - for standard output"
+		"carbon://carbon.server:2003/docker, or - for standard output"
 	switch {
 	case err != nil:
 		return nil, errors.New("not a URL; " + want +
 			"; in user and password, write %40 for @, %2F for /, %25 for % and so on")
 	case u.Scheme != "http" && u.Scheme != "https":
-		return nil, errors.New("not an http:// or https:// URL; " + want)
+		return nil, errors.New("not an http://, https:// or carbon:// URL; " + want)
 	case strings.Contains(u.Path, "@"):
 		return nil, errors.New("there is an @ in the path of the URL; " +
 			"in user and password, write %2F for /; " + want)
@@ -84,14 +98,24 @@ func newBackstop(text string) (*backstop, error) {
 	return b, nil
 }
 
+func (b *backstop) destination() destination {
+	return destination{name: "Backstop", address: b.String(), warning: b.passwordTrouble(),
+		remote: true, post: b.post, idle: b.idle}
+}
+
 // String is the URL as it may be shown: without credentials and without its query, which
 // may hold others.
 func (b *backstop) String() string {
 	return withoutUser(b.url)
 }
 
-// closeIdle closes the connection if no request is in flight.
-func (b *backstop) closeIdle() { b.transport.CloseIdleConnections() }
+// idle closes the connection if it would end before the next request anyway: its end would wake up
+// the process.
+func (b *backstop) idle(pause time.Duration) {
+	if pause > keepAlive {
+		b.transport.CloseIdleConnections()
+	}
+}
 
 // passwordTrouble says why Backstop will not take the password, "" if it will, or if there
 // is none to take. Backstop compares what it got with the user:password pairs in its
@@ -239,6 +263,42 @@ func (r *refusal) remedy() remedy {
 	return mendIt
 }
 
+// pace is how long delivery waits after a failure.
+type pace struct {
+	first, longest time.Duration // for what passes: exponential, with jitter
+	mend           time.Duration // for what somebody has to repair
+}
+
+var usualPace = pace{time.Second, time.Minute, time.Minute}
+
+// pauses are the waits between failures.
+type pauses struct {
+	pace
+	growing *backoff.ExponentialBackOff
+}
+
+func newPauses(p pace) *pauses {
+	growing := backoff.NewExponentialBackOff()
+	growing.InitialInterval, growing.MaxInterval, growing.Multiplier = p.first, p.longest, 2
+	return &pauses{p, growing}
+}
+
+// reset makes the next pause a short one.
+func (p *pauses) reset() { p.growing.Reset() }
+
+// after returns how long to wait after a failure.
+func (p *pauses) after(err error) time.Duration {
+	var r *refusal
+	if errors.As(err, &r) && r.remedy() != tryAgain {
+		return p.mend
+	}
+	pause := p.growing.NextBackOff()
+	if r != nil && r.retryAfter > 0 { // not everybody at once then
+		pause = max(pause, r.retryAfter+rand.N(p.first))
+	}
+	return pause
+}
+
 // retryAfter reads a header of that name, seconds or a date, 0 if it is neither:
 // https://www.rfc-editor.org/rfc/rfc9110#field.retry-after.
 func retryAfter(text string, now time.Time) time.Duration {
@@ -297,7 +357,8 @@ func isTooLarge(err error) bool {
 // printer is what stands in for Backstop with --backstop=-: it writes metrics to w as lines of
 // Carbon's plaintext protocol.
 func printer(w io.Writer) destination {
-	return destination{"standard output", func(_ context.Context, body []byte) error {
+	const name = "standard output"
+	return destination{name: name, address: name, post: func(_ context.Context, body []byte) error {
 		metrics, err := decode(body)
 		if err != nil {
 			return err

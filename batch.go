@@ -35,6 +35,8 @@ type batch struct {
 	oldest int64     // the oldest time among its metrics, in Unix seconds
 	tried  bool      // whether it was posted before
 	put    time.Time // when it was queued, zero for one that was found in the spool
+
+	pending time.Time // when the delivery began that is to be confirmed, zero for none
 }
 
 func newBatch(metrics []metric) *batch {

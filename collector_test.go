@@ -613,7 +613,7 @@ func BenchmarkSweep(b *testing.B) {
 	target := mustBackstop(b, s.URL+"/publish/docker")
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
 	c := newCollector(e, nil, log)
-	q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, "")
+	q, _ := newRig(b, destination{name: "Backstop", post: target.post}, 256<<20, "")
 	c.sweep(b.Context()) // which asks for more
 	b.ReportAllocs()
 	for b.Loop() {

@@ -9,8 +9,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"time"
-
-	"github.com/cenkalti/backoff/v5"
 )
 
 const (
@@ -23,25 +21,19 @@ const (
 	probes = 4
 )
 
-// pace is how long delivery waits after a failure.
-type pace struct {
-	first, longest time.Duration // for what passes: exponential, with jitter
-	mend           time.Duration // for what somebody has to repair
-}
-
-var usualPace = pace{time.Second, time.Minute, time.Minute}
-
 // delivery takes batches off a queue and posts them, one request at a time. Its methods are called
 // by one goroutine.
 type delivery struct {
-	to    destination
-	queue *queue
-	store *store
-	pace  pace
-	rest  func() // called when everything is delivered
-	log   *slog.Logger
+	to      destination
+	queue   *queue
+	store   *store
+	pending pending
+	pace    pace
+	rest    func() // called when everything is delivered
+	patient bool   // whether it waits in the end for the confirmation of what the spool has
+	log     *slog.Logger
 
-	retry  *backoff.ExponentialBackOff
+	last   bool   // whether the last try began after the queue was closed
 	most   int    // metrics in a request
 	good   []byte // the last metric that was accepted, nil if none is known
 	newest bool   // whether the newest batch goes first: nothing of an older one was accepted
@@ -60,8 +52,8 @@ type outage struct {
 // newDelivery prepares for delivering what is in the queue of st to to.
 func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 	q := st.queue
-	d := &delivery{to: to, queue: q, store: st, pace: usualPace, rest: func() {}, log: log,
-		most: maxBatch}
+	d := &delivery{to: to, queue: q, store: st, pending: pending{queue: q, confirm: to.confirm},
+		pace: usualPace, rest: func() {}, log: log, most: maxBatch}
 	if q.late > 0 {
 		d.outage.over = "metrics of the earlier run are delivered"
 	}
@@ -72,41 +64,61 @@ func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 // try that began after the queue was closed and fails is the last. ctx ends it in any case. The
 // error says how many metrics were not delivered.
 func (d *delivery) deliver(ctx context.Context) error {
-	d.retry = backoff.NewExponentialBackOff()
-	d.retry.InitialInterval, d.retry.MaxInterval, d.retry.Multiplier = d.pace.first, d.pace.longest, 2
+	pauses := newPauses(d.pace)
 	for {
-		b := d.queue.next(d.newest, d.rest)
-		if b == nil {
+		done, err := d.round(ctx)
+		switch {
+		case done:
 			return d.end("")
-		}
-		last := d.queue.isClosed()
-		err := d.send(ctx, b)
-		if err == nil {
-			d.retry.Reset()
+		case err == nil && d.pending.isEmpty():
+			pauses.reset()
 			continue
-		}
-		if last || ctx.Err() != nil {
+		case err == nil:
+			continue
+		case d.last || ctx.Err() != nil:
 			return d.end(errorText(err))
 		}
 		select {
-		case <-time.After(d.pause(err)):
+		case <-time.After(pauses.after(err)):
 		case <-d.queue.closed:
 		}
 	}
+}
+
+// round settles what is pending and sends the next batch, if there is one.
+func (d *delivery) round(ctx context.Context) (done bool, err error) {
+	if since, err := d.pending.settle(d.delivered); err != nil {
+		d.tell(since, err)
+		return false, err
+	}
+	b := d.queue.next(d.newest, d.pending.wake(), d.rest)
+	switch {
+	case b != nil:
+		d.last = d.queue.isClosed()
+		return false, d.send(ctx, b)
+	case d.pending.isEmpty() || d.queue.isClosed() && !d.patient && d.store.hasAll():
+		return true, nil
+	}
+	select {
+	case <-d.pending.wake():
+	case <-d.queue.changed: // the spool may have everything now
+	case <-ctx.Done():
+	}
+	return false, context.Cause(ctx)
 }
 
 // flight is the delivery of one batch, as far as it got.
 type flight struct {
 	*batch
 	parts    [][]byte // bodies that are still to be posted, in order
-	accepted int      // metrics
+	accepted bool     // whether a part was
 	bad      [][]byte // metrics that are to blame for a refusal, one in each body
 	refusal  error    // of the last of them
 }
 
 // left returns the body of what is still to be posted, nil for the whole batch.
 func (f *flight) left() []byte {
-	if f.accepted == 0 && len(f.bad) == 0 {
+	if !f.accepted && len(f.bad) == 0 {
 		return nil
 	}
 	return join(f.parts)
@@ -140,8 +152,10 @@ func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 	}
 	d.setAside(f)
 	switch {
+	case len(f.parts) == 0 && d.to.confirm != nil:
+		d.pending.add(b, start)
 	case len(f.parts) == 0:
-		d.delivered(f, time.Since(start))
+		d.delivered(b, start)
 	case err == nil || errors.Is(err, errNewestFirst):
 		d.queue.putBack(b, f.left(), "")
 		return nil
@@ -155,7 +169,7 @@ func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 // of something in it, or because of its size, is halved for the next steps.
 func (d *delivery) step(ctx context.Context, f *flight) error {
 	n := countOf(f.parts[0])
-	if n > d.most {
+	if n > d.most && d.to.confirm == nil { // a batch is confirmed as a whole
 		n = d.most
 		f.cut(n)
 	}
@@ -186,7 +200,7 @@ func (d *delivery) post(ctx context.Context, f *flight) error {
 		return err
 	}
 	f.parts = f.parts[1:]
-	f.accepted += n
+	f.accepted = true
 	d.good, d.newest = lastOf(part), false
 	d.most = min(maxBatch, d.most+d.most/8+1)
 	return nil
@@ -251,14 +265,14 @@ func (d *delivery) setAside(f *flight) {
 	d.log.Error("metrics refused; they are given up", attrs...)
 }
 
-// delivered takes the batch of f off the queue, and logs the end of an outage.
-func (d *delivery) delivered(f *flight, took time.Duration) {
+// delivered takes b off the queue, whose delivery began at start, and logs the end of an outage.
+func (d *delivery) delivered(b *batch, start time.Time) {
 	o := &d.outage
-	if o.delivered == 0 || f.oldest < o.oldest {
-		o.oldest = f.oldest
+	if o.delivered == 0 || b.oldest < o.oldest {
+		o.oldest = b.oldest
 	}
-	o.delivered += f.accepted
-	if !d.queue.done(f.batch, f.accepted, took) {
+	o.delivered += b.count
+	if !d.queue.done(b, start) {
 		return
 	}
 	if o.over != "" && o.delivered > 0 {
@@ -270,9 +284,14 @@ func (d *delivery) delivered(f *flight, took time.Duration) {
 
 // failed puts back what is left of f, and logs the trouble.
 func (d *delivery) failed(f *flight, err error) {
-	text := errorText(err)
-	since := d.queue.putBack(f.batch, f.left(), text)
-	o := &d.outage
+	// What is pending is most likely lost for the same reason, which need not be told twice.
+	_, _ = d.pending.settle(d.delivered)
+	d.tell(d.queue.putBack(f.batch, f.left(), errorText(err)), err)
+}
+
+// tell logs the trouble if it is new. since is the oldest time of what has to wait.
+func (d *delivery) tell(since int64, err error) {
+	text, o := errorText(err), &d.outage
 	o.over = d.to.name + " reachable again, metrics that were kept are delivered"
 	if slices.Contains(o.told, text) || len(o.told) >= maxTold {
 		return
@@ -289,22 +308,13 @@ func (d *delivery) failed(f *flight, err error) {
 	d.log.Error(message, "since", inUTC(since), "error", text)
 }
 
-// pause returns how long to wait after a failure.
-func (d *delivery) pause(err error) time.Duration {
-	var r *refusal
-	if errors.As(err, &r) && r.remedy() != tryAgain {
-		return d.pace.mend
-	}
-	pause := d.retry.NextBackOff()
-	if r != nil && r.retryAfter > 0 { // not everybody at once then
-		pause = max(pause, r.retryAfter+rand.N(d.pace.first))
-	}
-	return pause
-}
-
 // end says what becomes of metrics that were not delivered.
 func (d *delivery) end(trouble string) error {
-	kept, lost := d.store.end()
+	kept, pending, lost := d.store.end()
+	if trouble == "" && pending > 0 { // most likely it has arrived; the next run sends it again
+		kept -= pending
+		d.log.Debug("kept until it is confirmed", "metrics", pending, "spool", d.store.spool.dir)
+	}
 	if kept+lost > 0 {
 		var attrs []any
 		if lost > 0 {

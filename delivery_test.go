@@ -49,7 +49,7 @@ type receiver struct {
 	news  chan struct{}
 }
 
-func (r *receiver) destination() destination { return destination{"Backstop", r.post} }
+func (r *receiver) destination() destination { return destination{name: "Backstop", post: r.post} }
 
 func (r *receiver) post(_ context.Context, body []byte) error {
 	r.mu.Lock()
@@ -200,7 +200,7 @@ func (r *rig) fill(from, batches int) {
 }
 
 // next returns the batch to send next.
-func (r *rig) next() *batch { return r.queue.next(r.newest, r.rest) }
+func (r *rig) next() *batch { return r.queue.next(r.newest, nil, r.rest) }
 
 // try sends one batch.
 func (r *rig) try(t testing.TB) error {
@@ -1208,7 +1208,7 @@ func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backst
 	if spooled {
 		dir = newDir(t)
 	}
-	q, log := newRig(t, destination{"Backstop", b.post}, 8<<20, dir)
+	q, log := newRig(t, b.destination(), 8<<20, dir)
 	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
 	return q, b, log
 }

@@ -566,7 +566,7 @@ func TestBackstopAnswersEnd(t *testing.T) {
 			if (err == nil) != (test.want == "") || err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error %.300v, want %q", err, test.want)
 			}
-			b.closeIdle()
+			b.transport.CloseIdleConnections()
 			s.awaitClosed(t, test.why)
 		})
 	}
@@ -796,7 +796,7 @@ func FuzzBackstopHTTP(f *testing.F) {
 		if strings.ContainsAny(errorText(err), "\r\n") {
 			t.Errorf("the error %q", err)
 		}
-		b.closeIdle()
+		b.transport.CloseIdleConnections()
 		awaitAll(t, &served)
 	})
 }

@@ -295,7 +295,7 @@ func TestLiveSoak(t *testing.T) {
 	s.Set("", harness.AnswerWith(200, "ok"))
 	target := mustBackstop(t, s.URL+"/publish/docker")
 	c, _ := liveCollector(t, e)
-	q, _ := newRig(t, destination{"Backstop", target.post}, 1<<20, "")
+	q, _ := newRig(t, destination{name: "Backstop", post: target.post}, 1<<20, "")
 	ctx, cancel := context.WithTimeout(t.Context(), long)
 	defer cancel()
 

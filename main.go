@@ -180,17 +180,14 @@ type pipeline struct {
 
 // newPipeline connects the parts. It fails if the spool cannot be used.
 func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, error) {
-	receiver, to := "standard output", printer(os.Stdout)
-	if b := opts.backstop; b != nil {
-		receiver, to = b.String(), destination{"Backstop", b.post}
-		if trouble := b.passwordTrouble(); trouble != "" {
-			log.Warn(trouble)
-		}
+	to := opts.to
+	if to.warning != "" {
+		log.Warn(to.warning)
 	}
-	delivering := log.With("to", receiver)
+	delivering := log.With("to", to.address)
 	q := newQueue(opts.spoolLimit, delivering)
 	var folder *spool
-	if opts.spool != "" && opts.backstop != nil {
+	if opts.spool != "" && to.remote {
 		folder = &spool{dir: opts.spool, log: log}
 	}
 	st, err := newStore(q, folder)
@@ -205,13 +202,12 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 	d := newDelivery(to, st, delivering)
 	d.rest = func() {
 		s.update()
-		if opts.backstop != nil && opts.poll > keepAlive {
-			// It would end before the next sweep, and its end would wake up the process.
-			opts.backstop.closeIdle()
+		if to.idle != nil {
+			to.idle(opts.poll)
 		}
 	}
 	return &pipeline{
-		collector: c, queue: q, delivery: d, service: s, receiver: receiver, log: log,
+		collector: c, queue: q, delivery: d, service: s, receiver: to.address, log: log,
 	}, nil
 }
 
@@ -239,6 +235,7 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	if polling.Err() != nil {
 		p.log.Error("ended by a signal before all was polled")
 	}
+	p.delivery.patient = true // for the exit status
 	err := p.delivery.deliver(sending)
 	if result.failed > 0 {
 		err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))

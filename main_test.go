@@ -49,23 +49,26 @@ func TestMain(m *testing.M) {
 //	engine hang NAME | PATH        from here on that container's stats, or that path, hang
 //	engine forget NAME | PATH      … or are there no more
 //	engine well NAME | PATH        … or are there again
+//	[!] received REGEXP [N]        N lines, by default 1, were written to Carbon, $CARBON
 //	awaits FILE REGEXP             the file has, or will have, a line that matches
 func TestScripts(t *testing.T) {
 	type host struct {
 		engine   *harness.Replay
 		backstop *harness.StandIn
+		carbon   *fakeCarbon
 	}
 	this := func(ts *testscript.TestScript) host { return ts.Value(host{}).(host) }
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
-			h := host{harness.NewReplay(t, "cgroup2"), harness.UnstartedStandIn(t.Errorf)}
+			h := host{harness.NewReplay(t, "cgroup2"), harness.UnstartedStandIn(t.Errorf), newFakeCarbon(t)}
 			h.backstop.Server = httptest.NewServer(h.backstop)
 			env.Defer(h.backstop.Stop)
 			env.Values[host{}] = h
 			env.Setenv("ENGINE", h.engine.URL)
 			env.Setenv("BACKSTOP", h.backstop.URL+"/publish/docker")
+			env.Setenv("CARBON", "carbon://"+h.carbon.address())
 			env.Setenv("BACKSTOP_HOST", strings.TrimPrefix(h.backstop.URL, "http://"))
 			// A socket that is not there, so that no script meets the real engine by chance.
 			env.Setenv("DOCKER_HOST", "unix://"+env.WorkDir+"/docker.sock")
@@ -112,6 +115,19 @@ func TestScripts(t *testing.T) {
 				}
 				if err := this(ts).backstop.Await(args[0], want, within); (err != nil) != not {
 					ts.Fatalf("%v; there are\n%s", err, this(ts).backstop.Lines())
+				}
+			},
+			"received": func(ts *testscript.TestScript, not bool, args []string) {
+				want := 1
+				if len(args) > 1 {
+					var err error
+					want, err = strconv.Atoi(args[1])
+					ts.Check(err)
+				}
+				text := strings.Join(this(ts).carbon.got(), "")
+				n := len(regexp.MustCompile("(?m)"+args[0]).FindAllString(text, -1))
+				if (n >= want) == not {
+					ts.Fatalf("%d lines match %s in\n%s", n, args[0], text)
 				}
 			},
 			"awaits": func(ts *testscript.TestScript, _ bool, args []string) {
@@ -164,7 +180,7 @@ func TestMessagesAreDocumented(t *testing.T) {
 			continue
 		}
 		for _, message := range harness.AllOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= `+
-			`(?:q\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
+			`(?:d\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
 			if slices.Contains([]string{"started", "ending", "Docker engine answers"}, message) {
 				continue
 			}
@@ -580,7 +596,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				b.asked = time.Now()
 				st, err := newStore(newQueue(1<<20, logger), nil)
 				harness.Must(t, err)
-				d := newDelivery(destination{"Backstop", b.post}, st, logger)
+				d := newDelivery(b.destination(), st, logger)
 				d.queue.put([]metric{{"", "web.a", whole(1), 1795409680}})
 				d.queue.close()
 				_ = d.deliver(t.Context())
@@ -593,7 +609,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				}}
 				s.hasSwept(c.sweep(t.Context()), 0)
 				s.hasSwept(c.sweep(t.Context()), 0)
-				b.closeIdle()
+				b.transport.CloseIdleConnections()
 				if part := reveals(out.String()); part != "" {
 					t.Errorf("%s in %s is shown, %q of it:\n%s", how, place, part, out.String())
 				}

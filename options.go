@@ -51,7 +51,7 @@ const (
 
 // options are the values of all options, checked.
 type options struct {
-	backstop    *backstop // nil: standard output
+	to          destination
 	engine      *engine
 	rules       rules
 	poll        time.Duration
@@ -85,10 +85,12 @@ func (o *options) table() []option {
 	state, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd may list several
 	return []option{
 		{name: "backstop", value: "URL", fallback: "-", address: true, discreet: true,
-			set: into(&o.backstop, parseReceiver),
-			help: "where to send to: an http or https URL, with user:password@\n" +
-				"for Basic authentication; - prints the metrics as Carbon\n" +
-				"plaintext lines instead (default: %s)"},
+			set: into(&o.to, parseDestination),
+			help: "where to send to: an http or https URL of Backstop, with\n" +
+				"user:password@ for Basic authentication; or Carbon itself,\n" +
+				"carbon://HOST, with :PORT if that is not 2003, and with /PREFIX\n" +
+				"for all names; - prints the metrics as Carbon plaintext lines\n" +
+				"instead (default: %s)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
 			origin: "DOCKER_HOST", address: true, order: 1, // after --poll
 			set: into(&o.engine, o.parseEngine),
@@ -328,12 +330,23 @@ func (o *options) warnOfRules(log *slog.Logger) {
 	}
 }
 
-// parseReceiver returns nil for standard output.
-func parseReceiver(text string) (*backstop, error) {
+// parseDestination takes the value of --backstop.
+func parseDestination(text string) (destination, error) {
 	if text == "-" {
-		return nil, nil
+		return printer(os.Stdout), nil
 	}
-	return newBackstop(text)
+	if scheme, _, _ := strings.Cut(text, ":"); strings.EqualFold(scheme, "carbon") {
+		c, err := newCarbon(text)
+		if err != nil {
+			return destination{}, err
+		}
+		return c.destination(), nil
+	}
+	b, err := newBackstop(text)
+	if err != nil {
+		return destination{}, err
+	}
+	return b.destination(), nil
 }
 
 // parseEngine needs o.poll: a container that hangs must not delay the next poll.

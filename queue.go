@@ -142,18 +142,21 @@ func (q *queue) bound() {
 	}
 }
 
-// remove takes b off the queue. It is called with mu held.
-func (q *queue) remove(b *batch) {
-	if i := slices.Index(q.batches, b); i >= 0 {
-		q.batches = slices.Delete(q.batches, i, i+1)
-		if i < q.late {
-			q.late--
-		}
+// remove takes b off the queue, and reports whether it was there. It is called with mu held.
+func (q *queue) remove(b *batch) bool {
+	i := slices.Index(q.batches, b)
+	if i < 0 { // it was dropped while it was pending
+		return false
+	}
+	q.batches = slices.Delete(q.batches, i, i+1)
+	if i < q.late {
+		q.late--
 	}
 	if b.file != "" {
 		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
 	}
 	tell(q.unstored)
+	return true
 }
 
 // tellLoss logs what was dropped to make room: once a minute, or when an outage is over.
@@ -168,9 +171,9 @@ func (q *queue) tellLoss(over bool) {
 }
 
 // next waits for the batch whose turn it is: the first fresh one, or else the first late one; or
-// the newest of all, if that is asked for. It returns nil when the queue is closed and has no more.
-// idle is called when the queue is empty.
-func (q *queue) next(newest bool, idle func()) *batch {
+// the newest of all, if that is asked for. It returns nil at wake, and when the queue is closed and
+// has no more. idle is called when the queue is empty.
+func (q *queue) next(newest bool, wake <-chan time.Time, idle func()) *batch {
 	for {
 		closed := q.isClosed() // asked first: whatever was put before is seen below
 		q.mu.Lock()
@@ -196,6 +199,8 @@ func (q *queue) next(newest bool, idle func()) *batch {
 		case <-q.changed:
 		case <-stored:
 		case <-ends:
+		case <-wake:
+			return nil
 		}
 	}
 }
@@ -213,6 +218,7 @@ func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
 			inMemory := b.body != nil || b.packed != nil
 			unstored := inMemory && b.file == "" && q.disk.writable
 			switch left := storeWait - now.Sub(b.put); {
+			case !b.pending.IsZero(): // it had its turn
 			case unstored && left > 0:
 				wait = max(wait, left)
 			case inMemory || q.disk.readable:
@@ -231,12 +237,7 @@ func (q *queue) posted(b *batch, metrics int, err error) {
 	if b.tried {
 		q.figures.retried += uint64(metrics)
 	}
-	if err != nil {
-		b.tried = true
-		return
-	}
-	q.figures.sent += uint64(metrics)
-	b.count -= metrics
+	b.tried = b.tried || err != nil
 }
 
 // giveUp counts metrics of b as dropped.
@@ -255,29 +256,35 @@ func (q *queue) forget(b *batch) {
 	q.remove(b)
 }
 
-// done takes the batch in flight off the queue and ends the trouble. over reports whether no batch
-// is late any more.
-func (q *queue) done(b *batch, accepted int, took time.Duration) (over bool) {
+// done takes b off the queue, whose delivery began at start, and ends the trouble. over reports
+// whether no batch is late any more.
+func (q *queue) done(b *batch, start time.Time) (over bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.inFlight, q.trouble = nil, ""
-	late := q.late
-	q.remove(b)
+	late, took := q.late, time.Since(start)
+	if q.remove(b) {
+		q.figures.sent += uint64(b.count)
+	}
 	if late > 0 && q.late == 0 {
 		q.tellLoss(true)
 	}
-	q.log.Debug("delivered", "metrics", accepted, "took", took.Round(time.Millisecond), q.state())
+	q.log.Debug("delivered", "metrics", b.count, "took", took.Round(time.Millisecond), q.state())
 	return q.late == 0
 }
 
-// putBack ends the flight of b, of which left is still to be delivered; nil is all of it. It is
+// putBack ends the flight of b, of which left is still to be delivered; nil is all of it. b is
 // late now, and because of trouble, if there is any, so is everything else. since is the oldest
 // time of all, in Unix seconds.
 func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.inFlight = nil
+	if !b.pending.IsZero() {
+		b.pending, b.tried = time.Time{}, true
+	}
 	if left != nil { // a file keeps the whole: a crash loses nothing
+		q.figures.sent += uint64(b.count - countOf(left))
 		b.body, b.packed, b.count = left, pack(left), countOf(left)
 	} else if b.file != "" {
 		b.packed = nil
@@ -292,6 +299,9 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 			b.body = nil
 		}
 	}
+	if len(q.batches) == 0 { // b was dropped while it was pending
+		return b.oldest
+	}
 	return q.batches[0].oldest
 }
 
@@ -300,21 +310,6 @@ func (q *queue) hasFresh() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return slices.ContainsFunc(q.batches[q.late:], func(b *batch) bool { return b != q.inFlight })
-}
-
-// left returns how many metrics are in files, and how many in memory only.
-func (q *queue) left() (inFiles, inMemory int) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.tellLoss(true)
-	for _, b := range q.batches {
-		if b.file == "" {
-			inMemory += b.count
-		} else {
-			inFiles += b.count
-		}
-	}
-	return inFiles, inMemory
 }
 
 // hangs reports whether delivery is busy with one request for much longer than any may take.

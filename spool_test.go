@@ -868,14 +868,18 @@ func TestSpoolSurvivesALackOfDescriptors(t *testing.T) {
 // BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from the spool
 // to a stand-in, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
 func BenchmarkDrain(b *testing.B) {
-	const sweeps, size = 24 * 60, 4000
 	url := os.Getenv("BENCH_BACKSTOP")
 	if url == "" {
 		s := harness.NewStandIn(b)
 		s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
 		url = s.URL + "/publish/docker"
 	}
-	target := mustBackstop(b, url)
+	drain(b, mustBackstop(b, url).destination())
+}
+
+// drain measures the delivery of a day's backlog.
+func drain(b *testing.B, to destination) {
+	const sweeps, size = 24 * 60, 4000
 	for b.Loop() {
 		b.StopTimer()
 		spool, now := &spool{dir: b.TempDir()}, time.Now().Unix()
@@ -891,7 +895,7 @@ func BenchmarkDrain(b *testing.B) {
 			harness.Must(b, os.WriteFile(path, pack(encode(metrics[:])), 0o600))
 		}
 		b.StartTimer()
-		q, _ := newRig(b, destination{"Backstop", target.post}, 256<<20, spool.dir)
+		q, _ := newRig(b, to, 256<<20, spool.dir)
 		q.close()
 		harness.Must(b, q.deliver(b.Context()))
 	}

@@ -142,8 +142,8 @@ func (st *store) setAside(body []byte, oldest int64) (name string) {
 }
 
 // end stores what the disk did not take before, and lets others have the spool. It returns how many
-// metrics are kept there, and how many are lost.
-func (st *store) end() (kept, lost int) {
+// metrics are kept there, how many of these were sent and not confirmed, and how many are lost.
+func (st *store) end() (kept, pending, lost int) {
 	if st.spool != nil {
 		done := make(chan struct{})
 		go func() {
@@ -159,7 +159,7 @@ func (st *store) end() (kept, lost int) {
 		case <-time.After(storeWait):
 		}
 	}
-	return st.queue.left()
+	return st.left()
 }
 
 // The rest is what the store does with the queue, which is locked for a moment each time.
@@ -249,6 +249,33 @@ func (st *store) hasStored(b *batch, f file, count int) {
 		b.packed = nil
 	}
 	tell(q.changed)
+}
+
+// hasAll reports whether everything in the queue has a file.
+func (st *store) hasAll() bool {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return !slices.ContainsFunc(q.batches, func(b *batch) bool { return b.file == "" })
+}
+
+// left returns how many metrics have files, how many of these are pending, and how many have none.
+func (st *store) left() (inFiles, pending, inMemory int) {
+	q := st.queue
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.tellLoss(true)
+	for _, b := range q.batches {
+		if b.file == "" {
+			inMemory += b.count
+			continue
+		}
+		inFiles += b.count
+		if !b.pending.IsZero() {
+			pending += b.count
+		}
+	}
+	return inFiles, pending, inMemory
 }
 
 // hasRead corrects the number of metrics in b: the name of its file may be wrong.

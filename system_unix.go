@@ -1,0 +1,99 @@
+//go:build !windows
+
+package main
+
+import (
+	"cmp"
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+)
+
+// writeDurably writes a file that is there wholly or not at all, whatever happens to the process or
+// to the power, and for its user alone.
+func writeDurably(dir, name string, data []byte) error {
+	path := filepath.Join(dir, name)
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(dir)); err != nil {
+		return err
+	}
+	return syncFolder(dir) // only then is the new name durable
+}
+
+// syncFolder waits until the names in a folder are on the disk.
+func syncFolder(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// isOwn tells whether a folder belongs to this process's user.
+func isOwn(info fs.FileInfo) bool {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return !ok || int(stat.Uid) == os.Geteuid()
+}
+
+// readNow reads a byte from conn if there is one. It returns os.ErrDeadlineExceeded if there is
+// none yet. Reading with a short deadline would not do: when this process was stopped meanwhile,
+// that returns without having looked.
+func readNow(conn *net.TCPConn) (n int, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	closed := raw.Read(func(fd uintptr) bool {
+		for {
+			if n, err = syscall.Read(int(fd), make([]byte, 1)); err != syscall.EINTR {
+				return true
+			}
+		}
+	})
+	switch {
+	case closed != nil:
+		return 0, closed
+	case errors.Is(err, syscall.EAGAIN):
+		return 0, os.ErrDeadlineExceeded
+	case err != nil:
+		return 0, os.NewSyscallError("read", err)
+	case n == 0:
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+// unacknowledged returns how many bytes that were written to conn the other side's system has not
+// taken, as far as this system can tell.
+func unacknowledged(conn *net.TCPConn) (n int) {
+	if raw, err := conn.SyscallConn(); err == nil && runtime.GOOS == "linux" {
+		_ = raw.Control(func(fd uintptr) {
+			n, _ = unix.IoctlGetInt(int(fd), unix.TIOCOUTQ) // for a socket it is called SIOCOUTQ
+		})
+	}
+	return n
+}
+
+// socketError returns an error of conn that came after the last call.
+func socketError(conn *net.TCPConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	code := 0
+	closed := raw.Control(func(fd uintptr) {
+		code, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
+	})
+	if code != 0 {
+		err = os.NewSyscallError("read", syscall.Errno(code))
+	}
+	return cmp.Or(closed, err)
+}
