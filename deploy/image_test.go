@@ -450,16 +450,23 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 	}
 }
 
-// Compose reads the file, and what arrives of it are rules.
-func TestComposeTakesTheFile(t *testing.T) {
+// Compose reads the files, and what arrives of it are rules.
+func TestComposeTakesTheFiles(t *testing.T) {
+	for _, name := range []string{"compose.yaml", "compose.carbon.yaml"} {
+		t.Run(name, func(t *testing.T) { composeTakes(t, name) })
+	}
+}
+
+func composeTakes(t *testing.T, name string) {
+	t.Helper()
 	// What Compose itself reads its files with.
 	compose := exec.Command("go", "run", "github.com/compose-spec/compose-go/v2/cmd@v2.16.2",
-		"-format=json", "deploy/compose.yaml")
+		"-format=json", "deploy/"+name)
 	compose.Dir = harness.Top(t)
 	compose.Env = append(os.Environ(), "GOFLAGS=")
 	out, err := compose.Output()
 	if exit := new(exec.ExitError); errors.As(err, &exit) && strings.Contains(string(exit.Stderr),
-		"compose.yaml") {
+		name) {
 		t.Fatalf("%s", exit.Stderr)
 	} else if err != nil {
 		harness.Cannot(t, "compose-go cannot be had: %v", err)
@@ -472,6 +479,9 @@ func TestComposeTakesTheFile(t *testing.T) {
 	// One service's values are what another one wants.
 	backstop := file.Services["backstop"].Environment
 	want := "http://" + backstop["BACKSTOP_AUTH"] + "@backstop:3000/publish/" + backstop["PREFIXES"]
+	if _, there := file.Services["graphite"]; backstop == nil && there {
+		want = "carbon://graphite/docker"
+	}
 	if daemon["SRV_BACKSTOP"] != want {
 		t.Errorf("SRV_BACKSTOP is %s, want %s", daemon["SRV_BACKSTOP"], want)
 	}
