@@ -1050,7 +1050,8 @@ func TestCPULimit(t *testing.T) {
 		{`{"CpusetCpus":"0-","NanoCpus":2000000000}`, "2"},
 		{`{"CpusetCpus":"3-1"}`, ""},
 	} {
-		now, err := decodeLoosely[inspected]([]byte(`{"HostConfig":` + test.host + `}`))
+		var now inspected
+		err := decodeLoosely([]byte(`{"HostConfig":`+test.host+`}`), &now)
 		harness.Must(t, err)
 		got := ""
 		if limit := now.cpuLimit(); limit > 0 {

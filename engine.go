@@ -310,8 +310,8 @@ func (e *engine) info(ctx context.Context) (info, error) {
 		return info{}, err
 	}
 	received := time.Now()
-	i, err := decodeLoosely[info](body.Bytes())
-	if err != nil {
+	var i info
+	if err := decodeLoosely(body.Bytes(), &i); err != nil {
 		return info{}, rubbish{fmt.Errorf("/info: %w", err)}
 	}
 	if now, err := time.Parse(time.RFC3339Nano, i.SystemTime); err == nil {
@@ -350,8 +350,8 @@ func (e *engine) list(ctx context.Context, all bool) ([]listed, error) {
 	if date, err := http.ParseTime(header.Get("Date")); err == nil { // whole seconds
 		e.clock.learn(date, date.Add(time.Second), sent, time.Now())
 	}
-	list, err := decodeLoosely[[]listed](body.Bytes())
-	if err != nil {
+	var list []listed
+	if err := decodeLoosely(body.Bytes(), &list); err != nil {
 		return nil, rubbish{fmt.Errorf("the list of containers: %w", err)}
 	}
 	return list, nil
@@ -454,8 +454,8 @@ func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {
 	if err != nil {
 		return nil, ofContainer(id, err)
 	}
-	found, err := decodeLoosely[inspected](body.Bytes())
-	if err != nil {
+	var found inspected
+	if err := decodeLoosely(body.Bytes(), &found); err != nil {
 		return nil, rubbish{fmt.Errorf("its inspect answer: %w", err)}
 	}
 	return &found, nil
@@ -470,19 +470,19 @@ func ofContainer(id string, err error) error {
 	return err
 }
 
-// decodeLoosely reads JSON. A value of another type than that of its field costs that field: fields
-// that engines and proxies get wrong are many, and encoding/json goes on after one.
-func decodeLoosely[T any](body []byte) (T, error) {
-	var fast, slow T
-	if fastjson.Unmarshal(body, &fast) == nil {
-		return fast, nil
+// decodeLoosely reads JSON into a zero T. A value of another type than that of its field costs that
+// field: fields that engines and proxies get wrong are many, and encoding/json goes on after one.
+func decodeLoosely[T any](body []byte, into *T) error {
+	if fastjson.Unmarshal(body, into) == nil {
+		return nil
 	}
-	err := json.Unmarshal(body, &slow)
+	*into = *new(T)
+	err := json.Unmarshal(body, into)
 	var kind *json.UnmarshalTypeError
 	if errors.As(err, &kind) && kind.Type != reflect.TypeFor[T]() {
-		err = nil
+		return nil
 	}
-	return slow, err
+	return err
 }
 
 // event is the part of one of the engine's events that is used.

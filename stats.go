@@ -9,8 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	fastjson "github.com/segmentio/encoding/json"
 )
 
 // stats is the part of a stats answer that is used: see engine.stats.
@@ -125,16 +123,12 @@ func decodeStats(body []byte) (*stats, error) {
 		return nil, errStopped
 	}
 	var s stats
-	err := fastjson.Unmarshal(body, &s)
-	if err != nil { // encoding/json goes on after a value of another type, and has the better errors
-		s = stats{}
-		err = json.Unmarshal(body, &s)
-	}
+	err := decodeLoosely(body, &s)
 	var kind *json.UnmarshalTypeError
 	switch {
-	case errors.As(err, &kind) && kind.Field == "":
+	case errors.As(err, &kind):
 		return nil, rubbish{fmt.Errorf("its stats answer is a JSON %s, not an object", kind.Value)}
-	case err != nil && kind == nil:
+	case err != nil:
 		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
 	case s.Read == nil:
 		return nil, errNoTime
