@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -64,18 +65,21 @@ func onDisk(bytes int64) int64 {
 	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
 }
 
+// collectsOften is whether Go's garbage collector has less room than usual.
+var collectsOften atomic.Bool
+
 // tuneCollector lets Go's garbage collector run more often, if so many bytes are in memory that its
-// usual room, as much again, would be too much.
+// usual room, as much again, would be too much. A change stops the process for a moment.
 func tuneCollector(held int64) {
-	const usual, often = 100, 25 // percent
-	if os.Getenv("GOGC") != "" {
+	often := held >= 16<<20
+	if os.Getenv("GOGC") != "" || collectsOften.Swap(often) == often {
 		return
 	}
-	if held < 16<<20 {
-		debug.SetGCPercent(usual)
-	} else {
-		debug.SetGCPercent(often)
+	percent := 100 // Go's default
+	if often {
+		percent = 25
 	}
+	debug.SetGCPercent(percent)
 }
 
 // gzipWriters keeps the megabyte that packing needs.

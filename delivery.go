@@ -218,7 +218,8 @@ var (
 // metric is to blame: the error says so, and everything is kept.
 func (d *delivery) judge(ctx context.Context, f *flight) error {
 	probe := d.good
-	if body := join(f.parts); probe == nil {
+	if probe == nil {
+		body := join(f.parts)
 		some, _ := cut(body, 1+rand.N(countOf(body)))
 		probe = lastOf(some)
 	}

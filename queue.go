@@ -103,10 +103,11 @@ func (q *queue) put(metrics []metric) {
 	}
 	q.bound()
 	q.tellLoss(false)
-	if !q.disk.writable {
-		_, held := q.size()
-		tuneCollector(held)
+	_, held := q.size()
+	if q.disk.writable {
+		held = 0 // of memory
 	}
+	tuneCollector(held)
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
 	tell(q.unstored)
 	tell(q.changed)
