@@ -117,6 +117,16 @@ func (r *receiver) waitFor(t *testing.T, values int) {
 	}
 }
 
+// unreachableWhile is the failure of a receiver that cannot be reached while down is true.
+func unreachableWhile(down *bool) func(int, []int) error {
+	return func(int, []int) error {
+		if *down {
+			return errors.New("connection refused")
+		}
+		return nil
+	}
+}
+
 // inOrder checks that the values of [from, to) arrived, each once, oldest first.
 func (r *receiver) inOrder(t *testing.T, from, to int) {
 	t.Helper()
@@ -258,10 +268,7 @@ func TestQueueDeliversInBatches(t *testing.T) {
 	q.put(nil)
 	q.put(points(0, 12_001))
 	q.put(points(12_001, 3))
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
+	deliverAll(t, q)
 	r.inOrder(t, 0, 12_004)
 	if got := fmt.Sprint(r.sizes); got != "[5000 5000 2001 3]" {
 		t.Errorf("requests of %s", got)
@@ -465,12 +472,7 @@ func TestQueueTellsAllThatWasDropped(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			down := true
 			r := &receiver{}
-			r.fail = func(int, []int) error {
-				if down {
-					return errors.New("connection refused")
-				}
-				return nil
-			}
+			r.fail = unreachableWhile(&down)
 			q, log := r.queue(t)
 			q.limit = 3000
 			done := make(chan error)
@@ -709,10 +711,7 @@ func TestDeliveryFindsAnyLimit(t *testing.T) {
 		q.put(points(0, 5000))
 		q.put(points(5000, 5000))
 		q.put(points(10_000, 600))
-		q.close()
-		if err := q.deliver(t.Context()); err != nil {
-			t.Error(err)
-		}
+		deliverAll(t, q)
 		r.inOrder(t, 0, 10_600)
 		if most := 15 + 3*10_600/limit; r.tries > most {
 			t.Errorf("a limit of %d: %d requests, want up to %d", limit, r.tries, most)
@@ -734,10 +733,7 @@ func TestDeliveryForgetsALimit(t *testing.T) {
 	for i := range batches {
 		q.put(points(i*size, size))
 	}
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
+	deliverAll(t, q)
 	r.inOrder(t, 0, batches*size)
 	if last := r.sizes[len(r.sizes)-1]; last != size || r.tries > 150 {
 		t.Errorf("the last of %d requests was of %d", r.tries, last)
@@ -1362,10 +1358,7 @@ func TestEverythingArrivesInSmallRequests(t *testing.T) {
 		q.put(sampled(i, maxBatch))
 		want += asLines(sampled(i, maxBatch))
 	}
-	q.close()
-	if err := q.deliver(t.Context()); err != nil {
-		t.Error(err)
-	}
+	deliverAll(t, q)
 	if s.Lines() != sortedLines(want) {
 		t.Error("what arrived is not what was sampled")
 	}

@@ -558,12 +558,7 @@ func TestSpoolEndsWithAnUnreadableFile(t *testing.T) {
 func TestSpoolSurvivesAFullDisk(t *testing.T) {
 	dir := smallDisk(t, "64k")
 	down := true
-	r := &receiver{fail: func(int, []int) error {
-		if down {
-			return errors.New("connection refused")
-		}
-		return nil
-	}}
+	r := &receiver{fail: unreachableWhile(&down)}
 	q, log := r.spooled(t, dir)
 	q.put(points(0, 100))
 	q.try(t)
@@ -703,12 +698,7 @@ func TestSpoolIsNotCalledUsableUntried(t *testing.T) {
 func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	dir := newDir(t)
 	down := true
-	r := &receiver{fail: func(int, []int) error {
-		if down {
-			return errors.New("connection refused")
-		}
-		return nil
-	}}
+	r := &receiver{fail: unreachableWhile(&down)}
 	q, log := r.spooled(t, dir)
 	for i := range 3 {
 		q.put(points(i, 1))
@@ -754,12 +744,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 func TestSpoolSurvivesTheLossOfItsDisk(t *testing.T) {
 	dir := newDir(t)
 	down := true
-	r := &receiver{fail: func(int, []int) error {
-		if down {
-			return errors.New("connection refused")
-		}
-		return nil
-	}}
+	r := &receiver{fail: unreachableWhile(&down)}
 	q, log := r.spooled(t, dir)
 	for i := range 3 {
 		q.put(points(i, 1))
