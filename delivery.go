@@ -251,7 +251,7 @@ func (d *delivery) judge(ctx context.Context, f *flight) error {
 	return err
 }
 
-// setAside gives up the bad metrics of f.
+// setAside drops the bad metrics of f, and keeps them in a file of the spool if there is one.
 func (d *delivery) setAside(f *flight) {
 	if len(f.bad) == 0 {
 		return

@@ -36,9 +36,9 @@ type spool struct {
 	goneSaid bool   // that a file has gone
 	failed   bool   // that the folder does not work
 	bad      []file // set aside, oldest first
-	// Delivered or given up, but still there, or perhaps: the folder may be away. They count for
-	// nothing: a disk from which nothing can be removed takes nothing either, and to give up more
-	// would free no room.
+	// Delivered or dropped, but perhaps still there: the folder may be away. They do not count: a
+	// disk from which nothing can be removed takes nothing either, and to drop more would free
+	// no room.
 	litter []file
 }
 
@@ -65,8 +65,7 @@ const maxCounter = 1e18 - 1
 const spoolTime = "20060102T150405Z"
 
 // spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not
-// there yet. Whoever may write to it could make up metrics, or take them away, or lead us to write
-// elsewhere.
+// there yet. A user who may write to it could forge or remove metrics, or redirect what is written.
 func spoolTrouble(dir string) string {
 	info, err := os.Stat(dir)
 	switch {
