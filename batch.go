@@ -75,11 +75,7 @@ func tuneCollector(held int64) {
 	if os.Getenv("GOGC") != "" || collectsOften.Swap(often) == often {
 		return
 	}
-	percent := 100 // Go's default
-	if often {
-		percent = 25
-	}
-	debug.SetGCPercent(percent)
+	debug.SetGCPercent(map[bool]int{false: 100, true: 25}[often]) // 100 is Go's default
 }
 
 // gzipWriters keeps the megabyte that packing needs.
