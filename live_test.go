@@ -499,9 +499,7 @@ func TestLivePodman(t *testing.T) {
 	t.Cleanup(func() {
 		podman("rm", "--all", "--force", "--time", "0").Run()
 		podman("rmi", "--all", "--force").Run()
-		if err := os.RemoveAll(dir); err != nil {
-			t.Errorf("cleaning up: %v", err)
-		}
+		harness.RemoveEngine(t, dir)
 	})
 	do("import", harness.BusyboxTar(t, dir), "test")
 	// crun, the other runtime, is not to be found everywhere; nor may it raise its limits.

@@ -36,20 +36,26 @@ func StartOwn(t *testing.T) *OwnEngine {
 	e := &OwnEngine{t: t, dir: dir, Address: "unix://" + dir + "/docker.sock"}
 	t.Cleanup(func() {
 		e.Kill()
-		// What was in the namespaces takes a moment to end after the first of them.
-		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
-			err := os.RemoveAll(dir)
-			if err == nil {
-				return
-			}
-			if time.Now().After(deadline) {
-				t.Errorf("cleaning up: %v", err)
-				return
-			}
-		}
+		RemoveEngine(t, dir)
 	})
 	e.Start()
 	return e
+}
+
+// RemoveEngine removes the folder of an engine that was ended: some of what it started takes a
+// moment longer to end, and writes there.
+func RemoveEngine(t testing.TB, dir string) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		err := os.RemoveAll(dir)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("cleaning up: %v", err)
+			return
+		}
+	}
 }
 
 // Start starts dockerd, and waits until it answers. After a kill it may take a second try:
