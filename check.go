@@ -20,6 +20,7 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 	if err != nil {
 		return false, err
 	}
+	c.nameAll(ctx, now)
 	var lines strings.Builder
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CONTAINER\tRULE\tCATEGORY\tMETRICS")
@@ -41,8 +42,8 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 		case known.remark != "":
 			remark = "no name of its own in the engine's list: " + known.remark
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n",
-			known.name, rule, cmp.Or(known.category, "-"), metrics, remark)
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", fit(known.name, maxForeign), rule,
+			cmp.Or(known.category, "-"), metrics, fit(remark, maxShown))
 	}
 	table.Flush() // writing to a Builder cannot fail
 	for line := range strings.Lines(lines.String()) {
@@ -51,4 +52,20 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 		}
 	}
 	return now.collisions == 0 && len(now.unnamed) == 0, nil
+}
+
+// nameAll names the containers whose image only inspect knows.
+func (c *collector) nameAll(ctx context.Context, now *census) {
+	errs := make([]error, len(now.imageless))
+	c.flow.run(len(errs), func(i int) {
+		late := now.imageless[i]
+		s := sampling{collector: c, known: late.container}
+		errs[i] = s.name(ctx, late)
+	})
+	for i, late := range now.imageless {
+		if errs[i] != nil {
+			now.unnamed[late.id] = errs[i]
+		}
+	}
+	c.containers.share(now)
 }

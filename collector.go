@@ -26,18 +26,27 @@ type collector struct {
 
 	size    int    // of the last sweep, in metrics, and some more
 	flow    flow   // of the calls to the engine
-	about   about  // what the engine tells about itself
+	about   about  // what the engine says about itself
 	met     bool   // whether the engine answered last time
 	skewed  bool   // whether its clock is known to be wrong, or ours
 	trouble string // the last trouble with the engine that was logged
 }
 
-// about is what an engine told about itself.
+// about is what an engine said about itself.
 type about struct {
 	info
-	askedAt  time.Time // zero: it is to be asked
+	askedAt  time.Time // zero: never
 	nameless bool      // whether it will not tell its name
 	trouble  string    // the last trouble with it that was logged
+	call     *infoCall // under way, nil if none is
+}
+
+// infoCall asks an engine about itself, beside everything else: it is the call that hangs most
+// often, for the sake of some plugin.
+type infoCall struct {
+	done chan struct{} // closed when the rest is there
+	info info
+	err  error
 }
 
 func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
@@ -73,24 +82,15 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	start := time.Now()
 	now, err := c.survey(ctx)
 	if err != nil {
+		c.hear(c.engine.timeout)
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	var asking sync.WaitGroup
-	from, about, err := c.origin(), info{}, error(nil)
-	due := start.Sub(c.about.askedAt) > refresh
-	if due {
-		asking.Go(func() { about, err = c.engine.info(ctx) })
-	}
-	metrics, errs := c.askAll(ctx, now.asked, from, start)
-	asking.Wait()
-	if due {
-		c.hear(about, err)
-	}
-
+	metrics, asked, errs := c.askAll(ctx, now, start)
+	c.hear(c.engine.timeout)
 	result := sweepResult{metrics: metrics, running: now.running, failed: len(now.unnamed)}
 	result.err = c.engineTrouble(ctx, errs)
-	c.judge(ctx, &result, now.asked, errs)
+	c.judge(ctx, &result, asked, errs)
 	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host
 		c.addHost(&result, now, start)
 		c.size = len(result.metrics) + len(result.metrics)/8
@@ -104,28 +104,26 @@ const manyStopped = 200
 
 // survey lists the engine's containers, gives names to those that run, and asks what happened since
 // the last time. An engine that is new, failed last time or was upgraded is first asked what it is.
-func (c *collector) survey(ctx context.Context) (census, error) {
+func (c *collector) survey(ctx context.Context) (*census, error) {
 	var server string
 	fresh := !c.met || c.engine.changed.Load()
 	if fresh {
 		var err error
 		if server, err = c.engine.hello(ctx); err != nil {
-			return census{}, err
+			return nil, err
 		}
 	}
-	var about info
-	var silent error
-	ask := fresh || c.hostName() == ""
-	if ask {
-		about, silent = c.engine.info(ctx)
+	isOld := time.Since(c.about.askedAt) > refresh
+	if fresh || isOld || c.hostName() == "" {
+		c.ask(ctx)
 	}
-	all := c.about.Stopped.n <= manyStopped || time.Since(c.about.askedAt) > refresh
+	if fresh || c.hostName() == "" && c.containers.rules.needHost() {
+		c.hear(c.engine.timeout / 2)
+	}
+	all := c.about.Stopped.n <= manyStopped || isOld
 	list, err := c.engine.list(ctx, all)
 	if err != nil {
-		return census{}, err
-	}
-	if ask {
-		c.hear(about, silent)
+		return nil, err
 	}
 	now, everything := time.Now(), len(list)
 	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
@@ -136,21 +134,44 @@ func (c *collector) survey(ctx context.Context) (census, error) {
 	}
 	c.compareClocks()
 	c.containers.changed(c.events.poll(ctx, c.engine))
-	unnamed := c.containers.findImages(ctx, c.engine, list)
-	seen := c.containers.remember(list, unnamed, c.hostName(), c.engine.clock.at(now))
+	seen := c.containers.remember(list, c.hostName(), c.engine.clock.at(now))
 	if all { // those that wait to be restarted are stopped, for /info
 		c.about.Stopped = counted(uint64(everything - len(list) + seen.restarting))
 	}
 	return seen, nil
 }
 
-// hear takes over what the engine tells about itself. A proxy before the engine may forbid the
-// question: the sweep goes on all the same.
-func (c *collector) hear(told info, err error) {
-	if err == nil {
-		c.about.info, c.about.askedAt = told, time.Now()
+// ask begins to ask the engine about itself, unless that is under way.
+func (c *collector) ask(ctx context.Context) {
+	if c.about.call != nil {
+		return
 	}
-	c.about.nameless = isRefusal(err) || err == nil && told.Name == ""
+	call := &infoCall{done: make(chan struct{})}
+	c.about.call = call
+	go func() {
+		defer close(call.done)
+		call.info, call.err = c.engine.info(ctx)
+	}()
+}
+
+// hear takes over what the engine says about itself, if it was asked and answers in time. A proxy
+// before the engine may forbid the question: the sweep goes on all the same.
+func (c *collector) hear(within time.Duration) {
+	call := c.about.call
+	if call == nil {
+		return
+	}
+	select {
+	case <-call.done:
+	case <-time.After(within):
+		return
+	}
+	c.about.call = nil
+	err := call.err
+	if err == nil {
+		c.about.info, c.about.askedAt = call.info, time.Now()
+	}
+	c.about.nameless = isRefusal(err) || err == nil && call.info.Name == ""
 	text := errorText(err)
 	if text == c.about.trouble || errors.Is(err, context.Canceled) {
 		return
@@ -201,33 +222,60 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	}
 }
 
-// askAll samples the containers side by side. It returns all metrics, and an error or nil for
-// each container.
-func (c *collector) askAll(
-	ctx context.Context, asked []*container, from origin, start time.Time,
-) (metrics []metric, errs []error) {
+// askAll samples the containers side by side. It returns the metrics of those that have a path for
+// themselves, the containers that were asked, and an error or nil for each of these.
+func (c *collector) askAll(ctx context.Context, now *census, start time.Time) (
+	metrics []metric, asked []*container, errs []error,
+) {
+	named := len(now.asked)
+	asked = slices.Clone(now.asked)
+	for _, late := range now.imageless {
+		asked = append(asked, late.container)
+	}
 	metrics = make([]metric, 0, c.size)
+	ofLate := make([][]metric, len(now.imageless)) // another container may have their path
 	errs = make([]error, len(asked))
+	from := c.origin()
 	var mu sync.Mutex // of metrics
 	if c.engine.inTicks {
 		c.flow.inTicks()
 	}
 	c.flow.run(len(asked), func(i int) {
+		// All calls for a container share one limit: it must not hold up the next sweep.
+		limit := c.engine.timeout
+		ctx, cancel := context.WithTimeoutCause(ctx, limit, noAnswer(limit))
+		defer cancel()
 		b := buffers.Get().(*buffer)
 		defer b.release()
 		s := sampling{c, asked[i], from, c.engine.clock.at(start), flattener{
 			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
 		}}
-		errs[i] = s.sample(ctx, &b.body)
+		if i < named {
+			errs[i] = s.sample(ctx, &b.body)
+		} else if errs[i] = s.name(ctx, now.imageless[i-named]); errs[i] == nil && !s.known.drop {
+			errs[i] = s.sample(ctx, &b.body)
+		}
 		b.metrics = s.metrics
 		if c.alive != nil {
 			c.alive()
+		}
+		if i >= named {
+			ofLate[i-named] = slices.Clone(b.metrics)
+			return
 		}
 		mu.Lock()
 		defer mu.Unlock()
 		metrics = append(metrics, b.metrics...)
 	})
-	return metrics, errs
+	if len(ofLate) > 0 {
+		c.containers.share(now)
+	}
+	for i, late := range ofLate {
+		if c.containers.holds(asked[named+i]) {
+			metrics = append(metrics, late...)
+		}
+	}
+	return metrics, asked, errs
 }
 
 // engineTrouble returns why the sweep as a whole failed, or nil. Where a connection failed, it
@@ -249,6 +297,9 @@ func (c *collector) judge(
 	ctx context.Context, result *sweepResult, asked []*container, errs []error,
 ) {
 	for i, err := range errs {
+		if known := asked[i]; known.path != "" && !c.containers.holds(known) {
+			continue // left out, as its name has shown
+		}
 		switch {
 		case err == nil, errors.Is(err, errRestarting):
 			result.sampled++
@@ -262,7 +313,7 @@ func (c *collector) judge(
 }
 
 // addHost adds the metrics of the host and of the sweep itself.
-func (c *collector) addHost(result *sweepResult, now census, start time.Time) {
+func (c *collector) addHost(result *sweepResult, now *census, start time.Time) {
 	host := flattener{metrics: result.metrics, path: c.hostName(), at: start.Unix()}
 	if host.path == "" {
 		return
@@ -315,6 +366,19 @@ type sampling struct {
 	flattener
 }
 
+// name asks for the container's image and gives it the path that the rules make of that.
+func (s *sampling) name(ctx context.Context, late *imageless) error {
+	now, err := s.engine.inspect(ctx, s.known.id)
+	if err != nil {
+		return fmt.Errorf("its image: %w", err)
+	}
+	s.known.learn(now, s.now)
+	late.who.image = cmp.Or(now.Config.Image, late.who.image)
+	err = s.containers.apply(s.known, late.who, s.hostName())
+	s.path = s.known.path
+	return err
+}
+
 // sample asks for the container and collects its metrics. One that is between two runs has few.
 func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 	if s.known.restarting {
@@ -330,7 +394,7 @@ func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 	switch {
 	case isGone(now), errors.Is(now, errRestarting):
 		return now
-	case isGone(err): // so it seemed
+	case errors.Is(err, errStopped): // so it seemed
 		err = rubbish{errors.New("its stats answer is empty")}
 		if now != nil {
 			err = rubbish{fmt.Errorf("%w, and inspect: %w", err, now)}

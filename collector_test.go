@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"regexp"
 	"slices"
@@ -162,7 +163,7 @@ func TestCollisions(t *testing.T) {
 			"web-2", 1, leftOut + "container=web-1 other=web-2 metrics=web\n"},
 		{"until it goes", []listed{entry("web-1", 10)}, "web-1", 0, ""},
 	} {
-		now := c.remember(test.list, nil, "h", time.Now())
+		now := c.remember(test.list, "h", time.Now())
 		asked, collisions := now.asked, now.collisions
 		var names []string
 		for _, known := range asked {
@@ -232,10 +233,10 @@ func TestImages(t *testing.T) {
 			t.Errorf("%d failed, %+v", got.failed, two)
 		}
 	}
-	// Once for the image, once for the uptime
+	// Once, for the image and the uptime
 	isOther := func(name string) bool { return name != "fx-two" && name != "fx-idle" }
 	got := slices.DeleteFunc(inspected(), isOther)
-	if !slices.Equal(got, []string{"fx-two", "fx-two"}) {
+	if !slices.Equal(got, []string{"fx-two"}) {
 		t.Errorf("inspected %q", got)
 	}
 	const again = `level=INFO msg="container can be read again" container=fx-two`
@@ -259,7 +260,7 @@ func TestHostInPaths(t *testing.T) {
 	list := []listed{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
 		c.about.Name = host
-		if now := c.containers.remember(list, nil, c.hostName(), time.Now()); len(now.asked) != 1 ||
+		if now := c.containers.remember(list, c.hostName(), time.Now()); len(now.asked) != 1 ||
 			now.asked[0].path != graphiteNode(host)+".web" {
 			t.Errorf("on %s: %+v", host, now.asked[0])
 		}
@@ -300,6 +301,8 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 		"says nothing, Podman": {ok(``), failed + `"its stats answer is empty"`},
 		"is in conflict": {harness.AnswerWith(409, `{"message":"busy"}`),
 			failed + `"API error (409): busy"`},
+		"is not found, but runs": {harness.AnswerWith(404, `no page`),
+			failed + `"API error (404): no page"`},
 		"was removed": {harness.AnswerWith(404, `{}`), gone + `"No such container: ` + id + `"`},
 	} {
 		t.Run(why, func(t *testing.T) {
@@ -313,6 +316,9 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			log.Take()
 
 			r.On("/containers/fx-two/stats", test.answer)
+			if why == "was removed" {
+				r.On("/containers/fx-two/json", test.answer)
+			}
 			for range 2 {
 				result := c.sweep(t.Context())
 				if result.err != nil || result.failed != wantFailed || result.running != 6 {
@@ -335,6 +341,7 @@ func TestOneBadContainerIsOnItsOwn(t *testing.T) {
 			}
 
 			r.On("/containers/fx-two/stats", nil)
+			r.On("/containers/fx-two/json", nil)
 			lines, want := asLines(c.sweep(t.Context()).metrics), asLines(well.metrics)
 			if strings.Count(lines, "fx-two.") < strings.Count(want, "fx-two.") {
 				t.Errorf("well again, there is\n%s", lines)
@@ -549,11 +556,12 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	asks := func(at time.Time) bool {
 		t.Helper()
 		web := listed{ID: strings.Repeat("0", 64), Names: []string{"/web"}, Status: status}
-		known := c.containers.remember([]listed{web}, nil, "h", at).asked[0]
-		if known.stale {
+		known := c.containers.remember([]listed{web}, "h", at).asked[0]
+		stale := known.stale
+		if stale {
 			known.learn(&inspected{}, at)
 		}
-		return known.stale
+		return stale
 	}
 	for _, test := range []struct {
 		after  time.Duration
@@ -580,13 +588,13 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	// And in a whole sweep: the recorded containers are up for 40 s.
 	r.Questions()
 	c.sweep(t.Context())
-	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 5 {
+	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 6 {
 		t.Errorf("the first sweep asked %s", asked) // an inspect each
 	}
 	lines := asLines(c.sweep(t.Context()).metrics)
 	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats " +
-		"/containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/stats " +
-		"/containers/json?all=1 /events"
+		"/containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/json " + // is gone
+		"/containers/fx-web/stats /containers/json?all=1 /events"
 	if asked := regexp.MustCompile(`\?(stream|filters)\S*`).ReplaceAllString(
 		strings.Join(r.Questions(), " "), ""); asked != want {
 		t.Errorf("the second sweep asked %s, want %s", asked, want)
@@ -1280,5 +1288,121 @@ func TestAContainerThatEndsIsNotAFailure(t *testing.T) {
 	got := log.Take()
 	if !strings.Contains(got, "container is gone") || strings.Contains(got, "ERROR") {
 		t.Errorf("it logged %s", got)
+	}
+}
+
+// inBubble is an engine without a network, for tests with a clock of their own.
+type inBubble http.HandlerFunc
+
+func (answer inBubble) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := httptest.NewRecorder()
+	answer(w, r)
+	if err := r.Context().Err(); err != nil {
+		return nil, err
+	}
+	return w.Result(), nil
+}
+
+// One that hangs, or 230, hold up neither the calls for the others nor the end of the sweep.
+func TestWhatHangsCostsTheOthersNothing(t *testing.T) {
+	const (
+		sick, well = 230, 20
+		limit      = 10 * time.Second
+		growth     = 4 * silence // from 16 calls at the same time to 256
+	)
+	isOf := func(end string) func(path string, i int) time.Duration {
+		return func(path string, i int) time.Duration {
+			if i >= 0 && i < sick && strings.HasSuffix(path, end) {
+				return time.Hour
+			}
+			return 0
+		}
+	}
+	isPath := func(path string) func(string, int) time.Duration {
+		return func(asked string, _ int) time.Duration {
+			if asked == path {
+				return time.Hour
+			}
+			return 0
+		}
+	}
+	for _, test := range []struct {
+		why     string
+		rule    string
+		takes   func(path string, i int) time.Duration // of container i, -1 for none
+		sampled int
+		first   time.Duration // until the last of the others was asked, in the first sweep
+		later   time.Duration // and in the second one
+		ends    time.Duration // of both, at most
+	}{
+		{"inspects, for the image", `{"from":"image","regexp":"^x","into":"y"}`, isOf("/json"),
+			well, 0, 0, limit},
+		{"inspects, for the uptime", `{"regexp":"x","into":"y"}`, isOf("/json"),
+			well, growth, 0, limit},
+		{"stats", `{"regexp":"x","into":"y"}`, isOf("/stats"), well, growth, 0, limit},
+		{"an inspect after slow stats", `{"regexp":"x","into":"y"}`,
+			func(path string, i int) time.Duration {
+				return map[string]time.Duration{"/containers/0/stats": limit * 9 / 10,
+					"/containers/0/json": time.Hour}[path]
+			}, sick + well - 1, 0, 0, limit},
+		{"/info", `{"regexp":"x","into":"y"}`, isPath("/info"), sick + well, limit / 2, 0, limit},
+		{"/info, and the host is needed", `{"regexp":"x","into":"${host}"}`, isPath("/info"),
+			sick + well, limit / 2, limit / 2, limit},
+		{"/events", `{"regexp":"x","into":"y"}`, isPath("/events"), sick + well, limit / 4, limit / 4,
+			limit},
+	} {
+		t.Run(test.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var list []string
+				for i := range sick + well {
+					image := "busybox"
+					if i < sick {
+						image = "0123456789ab"
+					}
+					list = append(list, fmt.Sprintf(
+						`{"Id":"%d","Names":["/c%[1]d"],"Image":"%s","Created":%[1]d,"Status":"Up 3 weeks"}`, i, image))
+				}
+				var mu sync.Mutex // of the two below
+				start, last := time.Now(), time.Duration(0)
+				engine := func(w http.ResponseWriter, r *http.Request) {
+					i, path := -1, r.URL.Path
+					if _, err := fmt.Sscanf(path, "/containers/%d/", &i); err == nil && i >= sick &&
+						strings.HasSuffix(path, "/stats") {
+						mu.Lock()
+						last = max(last, time.Since(start))
+						mu.Unlock()
+					}
+					select {
+					case <-time.After(test.takes(path, i)):
+					case <-r.Context().Done():
+					}
+					switch {
+					case path == "/containers/json":
+						io.WriteString(w, "["+strings.Join(list, ",")+"]")
+					case strings.HasSuffix(path, "/stats"):
+						io.WriteString(w, smallStats)
+					case strings.HasSuffix(path, "/json"):
+						io.WriteString(w, smallInspect)
+					case path == "/info":
+						io.WriteString(w, `{"Name":"h"}`)
+					}
+				}
+				c, _ := collecting(t, "http://engine.test", limit)
+				c.engine.client.HTTPClient.Transport = inBubble(engine)
+				c.containers.rules = mustRules(t, test.rule)
+				for sweep, most := range []time.Duration{test.first, test.later} {
+					mu.Lock()
+					start, last = time.Now(), 0
+					mu.Unlock()
+					result := c.sweep(t.Context())
+					if took := time.Since(start); last > most || took > test.ends ||
+						result.sampled != test.sampled {
+						t.Errorf("sweep %d asked the last one after %s and took %s; %d were sampled",
+							sweep+1, last, took, result.sampled)
+					}
+					time.Sleep(time.Minute)
+				}
+			})
+		})
 	}
 }

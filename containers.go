@@ -2,16 +2,13 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -32,7 +29,7 @@ type container struct {
 	naming
 	// What the list said of it
 	created    int64  // Unix seconds
-	image      string // what it was made of: see findImages
+	image      string // what it was made of, "" until it has a path
 	status     string
 	health     string // "" if the list does not tell
 	restarting bool   // whether it waits to be started again
@@ -60,19 +57,23 @@ type census struct {
 	paused     int              // of those
 	restarting int              // likewise
 	asked      []*container     // those to ask
+	imageless  []*imageless     // those to ask whose names depend on inspect
 	unnamed    map[string]error // those that cannot be asked, by id
 	collisions int              // those left out because another one has their path
 	categories map[string]int   // how many the rules put in each
 }
 
-// remember takes over a list of the engine's time at, and forgets all that is not in it. unnamed
-// has errors by container id: such a container cannot be named yet, and is not asked. Nor is one
-// whose name has that of the host in it, while that is unknown: "".
-func (cs *containers) remember(
-	list []listed, unnamed map[string]error, host string, at time.Time,
-) census {
-	now := census{categories: map[string]int{}, unnamed: map[string]error{}}
-	maps.Copy(now.unnamed, unnamed)
+// imageless is a container whose rules look at its image, which only inspect knows: a newer image
+// has taken the name.
+type imageless struct {
+	*container
+	who subject
+}
+
+// remember takes over a list of the engine's time at, and forgets all that is not in it. A
+// container whose name has that of the host in it cannot be named while that is unknown: "".
+func (cs *containers) remember(list []listed, host string, at time.Time) *census {
+	now := &census{unnamed: map[string]error{}}
 	byID := make(map[string]*container, len(list))
 	for i := range list {
 		listed := &list[i]
@@ -91,13 +92,13 @@ func (cs *containers) remember(
 		}
 		byID[id] = known
 		now.count(listed)
-		cs.name(known, listed, host, &now)
+		cs.name(known, listed, host, now)
 		known.status, known.health = listed.Status, listed.healthStatus()
 		known.restarting = listed.isRestarting()
 		known.stale = known.mayHaveChanged(at)
 	}
 	cs.byID, now.running = byID, len(byID)
-	cs.share(&now)
+	cs.share(now)
 	return now
 }
 
@@ -119,26 +120,37 @@ func (cs *containers) name(known *container, listed *listed, host string, now *c
 			"container", name, "reason", remark)
 	}
 	known.remark = remark
-	who := subject{name, listed.ID, listed.Image, listed.Labels}
-	if host == "" && now.unnamed[known.id] == nil &&
-		cs.rules.apply(who, "a") != cs.rules.apply(who, "b") {
-		now.unnamed[known.id] = errNoHost
+	who := subject{name, listed.ID, cmp.Or(known.image, listed.Image), listed.Labels}
+	err := now.unnamed[known.id]
+	switch {
+	case err != nil:
+	case known.image == "" && imageID.MatchString(listed.Image) && cs.rules.see("image"):
+		known.name = name
+		now.imageless = append(now.imageless, &imageless{known, who})
+		return
+	default:
+		err = cs.apply(known, who, host)
 	}
-	if err := now.unnamed[known.id]; err != nil {
+	if err != nil {
+		now.unnamed[known.id] = err
 		known.name, known.naming = name, naming{}
 		cs.report(known, err)
-		return
-	}
-	if known.path == "" || known.name != name || known.host != host {
-		known.name, known.host, known.image = name, host, listed.Image
-		known.naming = cs.rules.apply(who, host)
-	}
-	if known.category != "" {
-		now.categories[known.category]++
 	}
 }
 
 var errNoHost = errors.New("its name has the host's in it, and the engine has not told that yet")
+
+// apply gives a container the path that the rules make of who. It changes nothing else.
+func (cs *containers) apply(known *container, who subject, host string) error {
+	if host == "" && cs.rules.apply(who, "a") != cs.rules.apply(who, "b") {
+		return errNoHost
+	}
+	if known.path == "" || known.name != who.name || known.host != host {
+		known.name, known.host, known.image = who.name, host, who.image
+		known.naming = cs.rules.apply(who, host)
+	}
+	return nil
+}
 
 // changed says that what inspect told of some containers is not right any more.
 func (cs *containers) changed(ids []string) {
@@ -163,7 +175,7 @@ func (known *container) mayHaveChanged(at time.Time) bool {
 
 // learn takes over what inspect says at the engine's time at.
 func (known *container) learn(now *inspected, at time.Time) {
-	known.checkedAt = at
+	known.checkedAt, known.stale = at, false
 	known.startedAt, _ = time.Parse(time.RFC3339Nano, now.State.StartedAt)
 	known.restarts, known.exitCode = now.RestartCount, now.State.ExitCode
 	known.cpuLimit = now.cpuLimit()
@@ -194,12 +206,17 @@ func (known *container) flatten(f *flattener, read time.Time) {
 	}
 }
 
-// share gives each path to one container: to the one that has it already, else to the oldest.
+// share gives each path to one container: to the one that has it already, else to the oldest. It is
+// called again when those without an image have their names.
 func (cs *containers) share(now *census) {
+	now.asked, now.collisions, now.categories = nil, 0, map[string]int{}
 	all := slices.SortedFunc(maps.Values(cs.byID), func(a, b *container) int {
 		return cmp.Or(cmp.Compare(a.created, b.created), cmp.Compare(a.id, b.id))
 	})
 	all = slices.DeleteFunc(all, func(known *container) bool {
+		if known.category != "" {
+			now.categories[known.category]++
+		}
 		return known.path == "" || known.drop
 	})
 	holders := make(map[string]*container, len(all))
@@ -228,7 +245,14 @@ func (cs *containers) share(now *census) {
 				"container", known.name, "other", holder.name, "metrics", known.path)
 		}
 	}
+	isTroubled := func(known *container) int { return min(len(known.trouble), 1) }
+	slices.SortStableFunc(now.asked, func(a, b *container) int {
+		return isTroubled(a) - isTroubled(b) // those that may hang go last
+	})
 }
+
+// holds reports whether a container has its path for itself.
+func (cs *containers) holds(known *container) bool { return cs.holders[known.path] == known }
 
 // report logs what is wrong with a container, or that it is well again, if that is news.
 func (cs *containers) report(known *container, err error) {
@@ -262,45 +286,6 @@ func (known *container) loops(err error) bool {
 
 // imageID is what a list shows when the image's name means another image by now.
 var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
-
-// findImages puts the names of images into the list that are only known to inspect, since newer
-// images have taken the names. It does so only if a rule looks at images. It returns errors by
-// container id.
-func (cs *containers) findImages(
-	ctx context.Context, e *engine, list []listed,
-) map[string]error {
-	if !cs.rules.see("image") {
-		return nil
-	}
-	var missing []*listed
-	for i := range list {
-		listed := &list[i]
-		if listed.ID == "" {
-			continue
-		}
-		if known := cs.byID[listed.ID]; known != nil && known.image != "" {
-			listed.Image = known.image
-		} else if imageID.MatchString(listed.Image) {
-			missing = append(missing, listed)
-		}
-	}
-	var mu sync.Mutex // of failed
-	failed := map[string]error{}
-	calls := flow{limit: fewInFlight}
-	calls.run(len(missing), func(i int) {
-		listed := missing[i]
-		now, err := e.inspect(ctx, listed.ID)
-		switch {
-		case err != nil:
-			mu.Lock()
-			defer mu.Unlock()
-			failed[listed.ID] = fmt.Errorf("its image: %w", err)
-		case now.Config.Image != "":
-			listed.Image = now.Config.Image
-		}
-	})
-	return failed
-}
 
 // nameOf returns a container's name by the list. Old engines also list the aliases that links gave
 // it, as /other/alias, and a classic Swarm has the node before the name, as /node/name. remark says

@@ -20,6 +20,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -60,25 +61,37 @@ type engine struct {
 }
 
 // clock is how far an engine's clock is ahead of ours: between least and most, as the times in
-// its answers tell.
-type clock struct{ least, most time.Duration }
+// its answers tell. Calls learn from it side by side.
+type clock struct {
+	mu          sync.Mutex
+	least, most time.Duration
+}
 
 // learn takes in that the engine's time was in [from, to] at some moment in [sent, received].
 func (c *clock) learn(from, to, sent, received time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	// By the wall clock: ours can be set, too.
 	least, most := from.Sub(received.Round(0)), to.Sub(sent.Round(0))
-	both := clock{max(c.least, least), min(c.most, most)}
-	if both.least > both.most || c.most == 0 && c.least == 0 { // one of the clocks was set
-		both = clock{least, most}
+	isFirst := c.most == 0 && c.least == 0
+	if c.least, c.most = max(c.least, least), min(c.most, most); isFirst || c.least > c.most {
+		c.least, c.most = least, most // in the second case, one of the clocks was set
 	}
-	*c = both
 }
 
 // at returns the engine's time at a time of ours, or a little earlier.
-func (c *clock) at(ours time.Time) time.Time { return ours.Round(0).Add(c.least) }
+func (c *clock) at(ours time.Time) time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return ours.Round(0).Add(c.least)
+}
 
 // off returns by how much the two clocks differ at least.
-func (c *clock) off() time.Duration { return max(c.least, 0) + min(c.most, 0) }
+func (c *clock) off() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return max(c.least, 0) + min(c.most, 0)
+}
 
 // newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port, http://,
 // https://, and npipe:// on Windows. timeout bounds each call. Nothing is asked yet.
@@ -446,28 +459,24 @@ func sizeOf(cpuset string) (size uint64) {
 	return size
 }
 
-// inspect returns what the engine knows of a container beside its stats.
+// inspect returns what the engine knows of a container beside its stats. Its error is a
+// *docker.NoSuchContainer for one that is no more.
 // API: #tag/Container/operation/ContainerInspect
 func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {
 	var body bytes.Buffer
 	_, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/json", maxStats, &body)
-	if err != nil {
-		return nil, ofContainer(id, err)
+	var status *docker.Error
+	switch {
+	case errors.As(err, &status) && status.Status == http.StatusNotFound:
+		return nil, &docker.NoSuchContainer{ID: id}
+	case err != nil:
+		return nil, err
 	}
 	var found inspected
 	if err := decodeLoosely(body.Bytes(), &found); err != nil {
 		return nil, rubbish{fmt.Errorf("its inspect answer: %w", err)}
 	}
 	return &found, nil
-}
-
-// ofContainer returns err of a call for one container, where 404 means that it is no more.
-func ofContainer(id string, err error) error {
-	var status *docker.Error
-	if errors.As(err, &status) && status.Status == http.StatusNotFound {
-		return &docker.NoSuchContainer{ID: id}
-	}
-	return err
 }
 
 // decodeLoosely reads JSON into a zero T. A value of another type than that of its field costs that
@@ -559,7 +568,7 @@ func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
 	}
 	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, maxStats, body)
 	if err != nil {
-		return from, ofContainer(id, err)
+		return from, err
 	}
 	// The body has os_type only since API 1.52.
 	from.windows = header.Get("Ostype") == "windows"
@@ -666,8 +675,14 @@ var errNoTime = rubbish{errors.New("its stats answer has no time of reading")}
 // that does not run: an answer with nothing in it, or such a status.
 func isDoubtful(err error) bool {
 	var status *docker.Error
-	return errors.Is(err, errStopped) || errors.Is(err, errNoTime) ||
-		errors.As(err, &status) && (status.Status == http.StatusConflict || status.Status >= 500)
+	if !errors.As(err, &status) {
+		return errors.Is(err, errStopped) || errors.Is(err, errNoTime)
+	}
+	switch status.Status {
+	case http.StatusNotFound, http.StatusConflict:
+		return true
+	}
+	return status.Status >= 500
 }
 
 // isGone reports whether err says that a container does not run any more.

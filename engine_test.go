@@ -738,9 +738,13 @@ func FuzzEngineHTTP(f *testing.F) {
 		f.Add(ping, raw, list, raw, raw)
 		f.Add(ping, info, list, stats, raw)
 	}
+	const odd = `[{"Names":["\u007f"]},{"Id":"1","Names":["/x/\u001b[31m"]},{"Id":"2","Image":"0123456789ab"}]`
+	f.Add(ping, info, []byte("HTTP/1.1 200 OK\r\n\r\n"+odd), stats, inspect)
 	f.Fuzz(func(t *testing.T, ping, info, list, stats, inspect []byte) {
 		var served sync.WaitGroup
 		c, log := collecting(t, "http://engine.test", 2*time.Second)
+		c.log = newLogger(log, &options{verbose: true})
+		c.containers.log, c.events.log = c.log, c.log
 		connections := c.engine.client.HTTPClient.Transport.(transport)
 		connections.DialContext = pipes(&served, func(request string) []byte {
 			_, path, _ := strings.Cut(request, " ")
@@ -764,7 +768,9 @@ func FuzzEngineHTTP(f *testing.F) {
 				}
 			}
 		}
-		for line := range strings.Lines(log.Take()) {
+		var table strings.Builder
+		check(t.Context(), c, &table)
+		for line := range strings.Lines(log.Take() + table.String()) {
 			if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) {
 				t.Errorf("the line %q", line)
 			}
@@ -824,7 +830,7 @@ func FuzzList(f *testing.F) {
 		var list []listed
 		_ = decodeLoosely(body, &list)
 		c := &containers{log: (&harness.Log{}).Logger()}
-		c.remember(list, nil, "h", time.Now())
+		c.remember(list, "h", time.Now())
 	})
 }
 

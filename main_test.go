@@ -100,8 +100,12 @@ func TestScripts(t *testing.T) {
 				if !strings.HasPrefix(path, "/") {
 					path = "/containers/" + path + "/stats"
 				}
-				this(ts).engine.On(path, map[string]http.HandlerFunc{"hang": harness.Hang,
-					"forget": harness.AnswerWith(404, "{}")}[args[0]])
+				answer := map[string]http.HandlerFunc{"hang": harness.Hang,
+					"forget": harness.AnswerWith(404, "{}")}[args[0]]
+				this(ts).engine.On(path, answer)
+				if name, isStats := strings.CutSuffix(path, "/stats"); isStats && args[0] != "hang" {
+					this(ts).engine.On(name+"/json", answer)
+				}
 			},
 			"arrives": func(ts *testscript.TestScript, not bool, args []string) {
 				want, within := 1, time.Minute

@@ -67,6 +67,11 @@ func (rs rules) see(from string) bool {
 	return slices.ContainsFunc(rs, func(r rule) bool { return r.from == from })
 }
 
+// needHost reports whether the name of the host may be in a path.
+func (rs rules) needHost() bool {
+	return slices.ContainsFunc(rs, func(r rule) bool { return strings.Contains(r.into, "host") })
+}
+
 // categories returns the categories of all rules, each once.
 func (rs rules) categories() []string {
 	var names []string
