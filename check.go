@@ -20,7 +20,7 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 	if err != nil {
 		return false, err
 	}
-	c.nameAll(ctx, now)
+	nameAll(ctx, c, now)
 	var lines strings.Builder
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CONTAINER\tRULE\tCATEGORY\tMETRICS")
@@ -55,7 +55,7 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 }
 
 // nameAll names the containers whose image only inspect knows.
-func (c *collector) nameAll(ctx context.Context, now *census) {
+func nameAll(ctx context.Context, c *collector, now *census) {
 	errs := make([]error, len(now.imageless))
 	c.flow.run(len(errs), func(i int) {
 		late := now.imageless[i]

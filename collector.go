@@ -24,12 +24,13 @@ type collector struct {
 	alive      func() // called after each answer; may be nil
 	log        *slog.Logger
 
-	size    int    // of the last sweep, in metrics, and some more
-	flow    flow   // of the calls to the engine
-	about   about  // what the engine says about itself
-	met     bool   // whether the engine answered last time
-	skewed  bool   // whether its clock is known to be wrong, or ours
-	trouble string // the last trouble with the engine that was logged
+	size   int    // of the last sweep, in metrics, and some more
+	flow   flow   // of the calls to the engine
+	about  about  // what the engine says about itself
+	met    bool   // whether the engine answered last time
+	server string // what the engine calls itself
+	news   news   // of the engine
+	skew   news   // of its clock
 }
 
 // about is what an engine said about itself.
@@ -37,7 +38,7 @@ type about struct {
 	info
 	askedAt  time.Time // zero: never
 	nameless bool      // whether it will not tell its name
-	trouble  string    // the last trouble with it that was logged
+	news     news
 	call     *infoCall // under way, nil if none is
 }
 
@@ -105,13 +106,13 @@ const manyStopped = 200
 // survey lists the engine's containers, gives names to those that run, and asks what happened since
 // the last time. An engine that is new, failed last time or was upgraded is first asked what it is.
 func (c *collector) survey(ctx context.Context) (*census, error) {
-	var server string
 	fresh := !c.met || c.engine.changed.Load()
 	if fresh {
-		var err error
-		if server, err = c.engine.hello(ctx); err != nil {
+		server, err := c.engine.hello(ctx)
+		if err != nil {
 			return nil, err
 		}
+		c.server = server
 	}
 	isOld := time.Since(c.about.askedAt) > refresh
 	if fresh || isOld || c.hostName() == "" {
@@ -127,10 +128,9 @@ func (c *collector) survey(ctx context.Context) (*census, error) {
 	}
 	now, everything := time.Now(), len(list)
 	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
-	if fresh {
-		c.log.Info("Docker engine answers", "engine", server, "api", c.engine.api,
+	if c.met = true; c.news.isNew("it is " + c.server + c.engine.api) {
+		c.log.Info("Docker engine answers", "engine", c.server, "api", c.engine.api,
 			"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
-		c.met, c.trouble = true, ""
 	}
 	c.compareClocks()
 	c.containers.changed(c.events.poll(ctx, c.engine))
@@ -173,10 +173,9 @@ func (c *collector) hear(within time.Duration) {
 	}
 	c.about.nameless = isRefusal(err) || err == nil && call.info.Name == ""
 	text := errorText(err)
-	if text == c.about.trouble || errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || !c.about.news.isNew(text) {
 		return
 	}
-	c.about.trouble = text
 	switch {
 	case isRefusal(err):
 		c.log.Warn("the Docker engine does not tell about itself: this machine's name is used "+
@@ -201,13 +200,14 @@ const maxSkew = 30 * time.Second
 
 // compareClocks warns of an engine whose clock differs from ours.
 func (c *collector) compareClocks() {
-	off := c.engine.clock.off()
-	skewed := off.Abs() > maxSkew
-	if skewed && !c.skewed {
+	off, skewed := c.engine.clock.off(), ""
+	if off.Abs() > maxSkew {
+		skewed = "skewed"
+	}
+	if c.skew.isNew(skewed) && skewed != "" {
 		c.log.Warn("the Docker engine's clock is not ours: its containers' metrics carry its time",
 			"ahead", off.Round(time.Second))
 	}
-	c.skewed = skewed
 }
 
 // engineFailed logs what is wrong with the engine, if that is news.
@@ -216,8 +216,7 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 		return // we are ending, not the engine
 	}
 	c.met = false
-	if text := errorText(err) + engineHint(err); text != c.trouble {
-		c.trouble = text
+	if text := errorText(err) + engineHint(err); c.news.isNew(text) {
 		c.log.Error("Docker engine does not answer", "error", text)
 	}
 }
@@ -411,7 +410,7 @@ const ending = 1500 * time.Millisecond
 func (s *sampling) lookAgain(ctx context.Context) error {
 	err := s.inspect(ctx)
 	until := time.Now().Add(min(ending, s.engine.timeout/2))
-	for err == nil && s.known.trouble == "" && time.Now().Before(until) {
+	for err == nil && s.known.news.said == "" && time.Now().Before(until) {
 		select {
 		case <-time.After(ending / 10):
 		case <-ctx.Done():

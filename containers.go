@@ -38,8 +38,8 @@ type container struct {
 	checkedAt time.Time  // when they were last known to be right, by the engine's clock
 	stale     bool       // whether they may have changed since then
 	last      *cpuSample // nil if there is none to compare with
-	trouble   string     // the last trouble with it that was logged, "" if it is well
-	shadowed  string     // the name of the container that has its path, as logged
+	news      news
+	shadowed  string // the name of the container that has its path, as logged
 }
 
 // facts are what only inspect tells.
@@ -245,7 +245,7 @@ func (cs *containers) share(now *census) {
 				"container", known.name, "other", holder.name, "metrics", known.path)
 		}
 	}
-	isTroubled := func(known *container) int { return min(len(known.trouble), 1) }
+	isTroubled := func(known *container) int { return min(len(known.news.said), 1) }
 	slices.SortStableFunc(now.asked, func(a, b *container) int {
 		return isTroubled(a) - isTroubled(b) // those that may hang go last
 	})
@@ -254,34 +254,27 @@ func (cs *containers) share(now *census) {
 // holds reports whether a container has its path for itself.
 func (cs *containers) holds(known *container) bool { return cs.holders[known.path] == known }
 
-// report logs what is wrong with a container, or that it is well again, if that is news.
+// report logs what is wrong with a container, or that it is well again, if that is news. One that
+// is gone does no harm.
 func (cs *containers) report(known *container, err error) {
-	trouble := errorText(err)
-	if trouble == known.trouble || known.loops(err) {
-		return
-	}
-	log := cs.log.With("container", known.name)
+	log, wasLooping := cs.log.With("container", known.name), known.news.said == errRestarting.Error()
 	switch {
-	case err == nil && known.trouble == errRestarting.Error():
-		log.Info("container stays up again")
-	case err == nil && known.trouble != errStopped.Error():
-		log.Info("container can be read again")
 	case isGone(err):
-		log.Info("container is gone", "reason", trouble)
+		log.Debug("container is gone", "reason", errorText(err))
+	case err == nil && wasLooping && upAtLeast(known.status) < time.Minute:
+		return // it may end again soon
+	case !known.news.isNew(errorText(err)):
+		return
+	case err == nil && wasLooping:
+		log.Info("container stays up again")
+	case err == nil:
+		log.Info("container can be read again")
 	case errors.Is(err, errRestarting):
 		log.Warn("container ends and is restarted again and again",
 			"restarts", known.restarts.n, "exit_code", known.exitCode)
-	case err != nil:
-		log.Error("container cannot be read", "error", trouble)
+	default:
+		log.Error("container cannot be read", "error", errorText(err))
 	}
-	known.trouble = trouble
-}
-
-// loops reports whether a container that was restarting may do so again soon, whatever it does
-// right now.
-func (known *container) loops(err error) bool {
-	return known.trouble == errRestarting.Error() &&
-		(isGone(err) || err == nil && upAtLeast(known.status) < time.Minute)
 }
 
 // imageID is what a list shows when the image's name means another image by now.

@@ -233,8 +233,8 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 				}
 			}
 		}, `^the answer has over 2097152 bytes$`, false},
-		{"is removed", harness.AnswerWith(404, `{"message":"No such container: x"}`),
-			`^No such container: ` + id, false},
+		{"is removed, as it seems", harness.AnswerWith(404, `{"message":"No such container: x"}`),
+			`^API error \(404\): No such container: x$`, false},
 		{"fails", harness.AnswerWith(500, `{"message":"first\nsecond"}`), `^API error \(500\): first$`,
 			false},
 		{"fails without JSON", harness.AnswerWith(502, "\n\n<html>\x1b[31m\n"),

@@ -17,10 +17,10 @@ type events struct {
 
 	started, ended, failed, killed, unhealthy count
 
-	until   time.Time  // up to when the engine was asked, by its clock
-	asked   time.Time  // when that was, by ours
-	seen    []eventKey // the last ones, oldest first
-	trouble string     // the last trouble that was logged
+	until time.Time  // up to when the engine was asked, by its clock
+	asked time.Time  // when that was, by ours
+	seen  []eventKey // the last ones, oldest first
+	news  news
 }
 
 // eventKey tells one event from all others.
@@ -59,7 +59,7 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 	switch {
 	case isRefusal(err):
 		log := es.log
-		*es = events{log: log, trouble: es.trouble}
+		*es = events{log: log, news: es.news}
 		return nil
 	case first: // what was before is not counted, but zeros are sent from the beginning
 		for _, counter := range es.counters() {
@@ -116,10 +116,9 @@ func (es *events) take(one *event, counts bool) (changed string) {
 // report logs why there are no events, if that is news.
 func (es *events) report(err error) {
 	text := errorText(err)
-	if text == es.trouble || errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || !es.news.isNew(text) {
 		return
 	}
-	es.trouble = text
 	switch {
 	case isRefusal(err):
 		es.log.Warn("the Docker engine's events are refused: no figures of what happens between "+

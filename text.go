@@ -414,3 +414,30 @@ func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", tim
 
 // inUTC is a time, in Unix seconds, as the log has it.
 func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
+
+// maxNews is how many lines about one thing are logged in an hour.
+const maxNews = 10
+
+// news is what the log has said of one thing, such as a container. That may come and go with each
+// poll, or have another text each time.
+type news struct {
+	said  string // "" for: it is well
+	lines int    // in the hour since then
+	since time.Time
+}
+
+// isNew reports whether text is to be logged now. What is too much is so later, if it still holds.
+func (n *news) isNew(text string) bool {
+	if text == n.said {
+		return false
+	}
+	if now := time.Now(); now.Sub(n.since) > time.Hour {
+		n.lines, n.since = 0, now
+	}
+	if n.lines >= maxNews {
+		return false
+	}
+	n.said = text
+	n.lines++
+	return true
+}
