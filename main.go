@@ -115,7 +115,7 @@ func run(opts *options, log *slog.Logger) error {
 	signal.Ignore(syscall.SIGHUP) // the end of a terminal is not ours
 	polling, sending, release := untilSignal()
 	defer release()
-	opts.warnOfRules(log)
+	opts.warnOfVariables(log)
 	if opts.check {
 		return checkNames(polling, opts, log)
 	}

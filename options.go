@@ -323,11 +323,44 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	return text, from, err
 }
 
-// warnOfRules says that the variable of the last version of 2015 has another name now.
-func (o *options) warnOfRules(log *slog.Logger) {
+// warnOfVariables logs variables that have no effect: one with a typing mistake in its name, and the
+// one that the last version of 2015 read.
+func (o *options) warnOfVariables(log *slog.Logger) {
 	if os.Getenv("SRV_RULES") != "" && o.rules == nil {
 		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")
 	}
+	var ours []string
+	for _, opt := range o.table() {
+		if variable := opt.variable(); variable != "" {
+			ours = append(ours, variable, variable+"_FILE")
+		}
+	}
+	environment := os.Environ()
+	slices.Sort(environment)
+	for _, entry := range environment {
+		name, value, _ := strings.Cut(entry, "=")
+		if value == "" || slices.Contains(ours, name) {
+			continue
+		}
+		meant := slices.IndexFunc(ours, func(our string) bool { return isMistyped(name, our) })
+		if meant >= 0 {
+			log.Warn("unknown environment variable ignored", "variable", name, "meant", ours[meant])
+		}
+	}
+}
+
+// isMistyped reports whether one typing mistake makes typed of meant: a letter too many, too few,
+// or wrong, or two swapped.
+func isMistyped(typed, meant string) bool {
+	a, b := typed, meant
+	for a != "" && b != "" && a[0] == b[0] {
+		a, b = a[1:], b[1:]
+	}
+	for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
+		a, b = a[:len(a)-1], b[:len(b)-1]
+	}
+	swapped := len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
+	return len(a) <= 1 && len(b) <= 1 || swapped
 }
 
 // parseDestination takes the value of --backstop.
