@@ -51,7 +51,7 @@ type destination struct {
 	// posts, oldest first, are delivered, and when to ask again. With an error, all others have
 	// to be posted again.
 	confirm func() (delivered int, again time.Time, err error)
-	// idle is told for how long nothing will be posted; nil if that does not matter.
+	// idle is called with the time until the next post; nil if that does not matter.
 	idle func(time.Duration)
 }
 
@@ -245,9 +245,9 @@ func (r *refusal) Error() string {
 type remedy int
 
 const (
-	tryAgain remedy = iota // it passes
-	halveIt                // a part of the request is to blame, or its size
-	mendIt                 // whoever runs Backstop, or this daemon, has something to mend
+	tryAgain remedy = iota // it is temporary
+	halveIt                // a part of the request is bad, or it is too large
+	fixIt                  // somebody has to fix Backstop, or the options
 )
 
 func (r *refusal) remedy() remedy {
@@ -260,13 +260,28 @@ func (r *refusal) remedy() remedy {
 	if r.status/100 == 5 {
 		return tryAgain
 	}
-	return mendIt
+	return fixIt
+}
+
+// errUnsteady is the failure of a receiver that refuses a metric and accepts it, in turn.
+var errUnsteady = errors.New("it refuses metrics that it accepted a moment ago")
+
+// failing says what a receiver does that fails with err, and what becomes of metrics.
+func failing(err error) string {
+	var r *refusal
+	switch {
+	case errors.As(err, &r) && r.remedy() != tryAgain:
+		return "refuses metrics, keeping them until this is fixed"
+	case r != nil || errors.Is(err, errUnsteady):
+		return "fails, keeping metrics"
+	}
+	return "unreachable, keeping metrics"
 }
 
 // pace is how long delivery waits after a failure.
 type pace struct {
-	first, longest time.Duration // for what passes: exponential, with jitter
-	mend           time.Duration // for what somebody has to repair
+	first, longest time.Duration // if it is temporary: exponential, with jitter
+	fix            time.Duration // if somebody has to fix something
 }
 
 var usualPace = pace{time.Second, time.Minute, time.Minute}
@@ -290,7 +305,7 @@ func (p *pauses) reset() { p.growing.Reset() }
 func (p *pauses) after(err error) time.Duration {
 	var r *refusal
 	if errors.As(err, &r) && r.remedy() != tryAgain {
-		return p.mend
+		return p.fix
 	}
 	pause := p.growing.NextBackOff()
 	if r != nil && r.retryAfter > 0 { // not everybody at once then

@@ -98,14 +98,14 @@ func TestPostFailures(t *testing.T) {
 		remedy    remedy
 		want      string
 	}{
-		{"no credentials", docker, nil, mendIt,
+		{"no credentials", docker, nil, fixIt,
 			`^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
-		{"another prefix", "/publish/doker", nil, mendIt,
+		{"another prefix", "/publish/doker", nil, fixIt,
 			`^answer 404 Not Found: unknown prefix; ` +
 				`the path in --backstop has to be /publish/ and one of the PREFIXES`},
-		{"two segments", "/publish/docker/x", nil, mendIt,
+		{"two segments", "/publish/docker/x", nil, fixIt,
 			`^answer 404 Not Found: <!DOCTYPE html>; the path`},
-		{"forbidden", docker, answer(403, "Host not permitted"), mendIt,
+		{"forbidden", docker, answer(403, "Host not permitted"), fixIt,
 			`^answer 403 Forbidden: Host not permitted; ` +
 				`Backstop in development mode.*RACK_ENV=production`},
 		{"bad metric", docker, answer(400, "missing fields"), halveIt,
@@ -119,16 +119,16 @@ func TestPostFailures(t *testing.T) {
 		{"carbon is down", docker,
 			answer(500, "\n  \n<h1>\tErrno::ECONNREFUSED</h1>\n"+long), tryAgain,
 			`^answer 500 Internal Server Error: <h1> Errno::ECONNREFUSED</h1>$`},
-		{"no content", docker, answer(304, ""), mendIt, `^answer 304 Not Modified$`},
-		{"moved", docker, moved(301), mendIt,
+		{"no content", docker, answer(304, ""), fixIt, `^answer 304 Not Modified$`},
+		{"moved", docker, moved(301), fixIt,
 			`^answer 301 Moved Permanently; set --backstop to the address that it redirects to: ` +
 				`http://elsewhere/publish/docker$`},
-		{"moved, method kept", docker, moved(307), mendIt,
+		{"moved, method kept", docker, moved(307), fixIt,
 			`^answer 307 Temporary Redirect; set --backstop to the address`},
 		{"hung up", docker, hungUp, tryAgain, `^EOF$`},
 		{"a long line", docker, answer(500, strings.Repeat("ü", 1000)), tryAgain,
 			`^answer 500 Internal Server Error: ü{100}$`},
-		{"moved to a bad address", docker, badAddress, mendIt, `^answer 302 Found$`},
+		{"moved to a bad address", docker, badAddress, fixIt, `^answer 302 Found$`},
 		{"secrets across the cut", docker, answer(500, long[:195]+"password"), tryAgain,
 			`^answer 500 Internal Server Error: x{195}xxxxx$`},
 		{"secrets repeated", docker,
@@ -796,8 +796,8 @@ func TestCarbonIsSentAgain(t *testing.T) {
 		}
 		harness.Must(t, end())
 		for text, times := range map[string]int{
-			`level=ERROR msg="Carbon unreachable, keeping metrics" since=`:                             1,
-			`level=INFO msg="Carbon reachable again, metrics that were kept are delivered" metrics=20`: 1,
+			`level=ERROR msg="Carbon unreachable, keeping metrics" since=`:                   1,
+			`level=INFO msg="Carbon reachable again, kept metrics are delivered" metrics=20`: 1,
 		} {
 			if n := strings.Count(log.String(), text); n < times || n > times+1 {
 				t.Errorf("%d times %s in\n%s", n, text, log)

@@ -308,10 +308,10 @@ func (p *pending) wake() <-chan time.Time {
 }
 
 // settle hands on batches that are confirmed. With an error, all others are no longer pending, but
-// back in the queue; since is the oldest time of what waits there.
-func (p *pending) settle(delivered func(b *batch, start time.Time)) (since int64, err error) {
+// back in the queue.
+func (p *pending) settle(delivered func(b *batch, start time.Time)) error {
 	if p.isEmpty() {
-		return 0, nil
+		return nil
 	}
 	n, due, err := p.confirm()
 	for _, b := range p.batches[:n] {
@@ -319,11 +319,11 @@ func (p *pending) settle(delivered func(b *batch, start time.Time)) (since int64
 	}
 	p.batches, p.due = p.batches[n:], due
 	if err == nil {
-		return 0, nil
+		return nil
 	}
 	for _, b := range p.batches {
-		since = p.queue.putBack(b, nil, errorText(err))
+		p.queue.putBack(b, nil, errorText(err))
 	}
 	p.batches = nil
-	return since, err
+	return err
 }

@@ -12,8 +12,11 @@ import (
 )
 
 const (
-	// maxTold is how many different troubles of an outage, or refused metrics of a batch, are logged.
-	maxTold = 10
+	// maxLogged is how many troubles are logged at once, until there is none for repeatAfter. It is
+	// also how many of a batch's refused metrics are logged.
+	maxLogged = 10
+	// repeatAfter is when trouble that goes on, or comes and goes, is logged again.
+	repeatAfter = time.Hour
 	// minRequest is how many metrics a slow receiver gets at once at least. They are 10 KB.
 	minRequest = 100
 	// probes is how often in a row a metric has to be accepted until another one is to blame for being
@@ -38,13 +41,17 @@ type delivery struct {
 	good   []byte // the last metric that was accepted, nil if none is known
 	newest bool   // whether the newest batch goes first: nothing of an older one was accepted
 	lost   int    // metrics that were refused, or could not be read
+	worked bool   // whether anything was delivered
 	outage outage
+	lines  int       // troubles that were logged at once
+	failed time.Time // when a request last failed
+	logged time.Time // when that was last logged
 }
 
 // outage is a time in which metrics have to wait.
 type outage struct {
 	over      string   // what to log in the end, "" for nothing
-	told      []string // the troubles that were logged
+	logged    []string // the troubles that were logged
 	delivered int      // late metrics
 	oldest    int64    // their oldest time, in Unix seconds
 }
@@ -87,8 +94,8 @@ func (d *delivery) deliver(ctx context.Context) error {
 
 // round settles what is pending and sends the next batch, if there is one.
 func (d *delivery) round(ctx context.Context) (done bool, err error) {
-	if since, err := d.pending.settle(d.delivered); err != nil {
-		d.tell(since, err)
+	if err := d.pending.settle(d.delivered); err != nil {
+		d.logTrouble(err)
 		return false, err
 	}
 	b := d.queue.next(d.newest, d.pending.wake(), d.rest)
@@ -140,7 +147,7 @@ func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 		return nil
 	} else if err != nil {
 		d.lost += b.count
-		d.queue.giveUp(b, b.count)
+		d.queue.drop(b, b.count)
 		d.queue.forget(b)
 		return nil
 	}
@@ -160,7 +167,9 @@ func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 		d.queue.putBack(b, f.left(), "")
 		return nil
 	default:
-		d.failed(f, err)
+		_ = d.pending.settle(d.delivered) // most likely it is lost for the same reason
+		d.queue.putBack(b, f.left(), errorText(err))
+		d.logTrouble(err)
 	}
 	return err
 }
@@ -206,12 +215,8 @@ func (d *delivery) post(ctx context.Context, f *flight) error {
 	return nil
 }
 
-var (
-	// errUnsteady is the failure of a receiver that refuses a metric and accepts it, in turn.
-	errUnsteady = errors.New("it refuses metrics that it accepted a moment ago")
-	// errNewestFirst lets the newest batch go first: old metrics may be the trouble.
-	errNewestFirst = errors.New("nothing is accepted")
-)
+// errNewestFirst lets the newest batch go first: old metrics may be the trouble.
+var errNewestFirst = errors.New("nothing is accepted")
 
 // judge decides about the lone metric ahead in f, which was refused. It is to blame if another one
 // is accepted several times in a row, and it is refused again. If the other one is refused too, no
@@ -257,13 +262,13 @@ func (d *delivery) setAside(f *flight) {
 		return
 	}
 	d.lost += len(f.bad)
-	some := bytes.Join(f.bad[:min(len(f.bad), maxTold)], []byte(" "))
-	attrs := []any{"metrics", len(f.bad), "such_as", string(some), "error", errorText(f.refusal)}
-	d.queue.giveUp(f.batch, len(f.bad))
+	some := bytes.Join(f.bad[:min(len(f.bad), maxLogged)], []byte(" "))
+	attrs := []any{"metrics", len(f.bad), "example", string(some), "error", errorText(f.refusal)}
+	d.queue.drop(f.batch, len(f.bad))
 	if name := d.store.setAside(join(f.bad), f.oldest); name != "" {
 		attrs = append(attrs, "file", name)
 	}
-	d.log.Error("metrics refused; they are given up", attrs...)
+	d.log.Error("metrics refused, dropping them", attrs...)
 }
 
 // delivered takes b off the queue, whose delivery began at start, and logs the end of an outage.
@@ -276,37 +281,35 @@ func (d *delivery) delivered(b *batch, start time.Time) {
 	if !d.queue.done(b, start) {
 		return
 	}
-	if o.over != "" && o.delivered > 0 {
+	switch {
+	case o.over != "" && o.delivered > 0:
 		lasted := time.Since(time.Unix(o.oldest, 0)).Round(time.Second)
 		d.log.Info(o.over, "metrics", o.delivered, "last", lasted)
+	case !d.worked && d.to.remote:
+		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	d.outage = outage{}
+	d.worked, d.outage = true, outage{}
 }
 
-// failed puts back what is left of f, and logs the trouble.
-func (d *delivery) failed(f *flight, err error) {
-	// What is pending is most likely lost for the same reason, which need not be told twice.
-	_, _ = d.pending.settle(d.delivered)
-	d.tell(d.queue.putBack(f.batch, f.left(), errorText(err)), err)
-}
-
-// tell logs the trouble if it is new. since is the oldest time of what has to wait.
-func (d *delivery) tell(since int64, err error) {
-	text, o := errorText(err), &d.outage
-	o.over = d.to.name + " reachable again, metrics that were kept are delivered"
-	if slices.Contains(o.told, text) || len(o.told) >= maxTold {
+// logTrouble logs why metrics have to wait, and what waits: once in an outage, and again each hour.
+func (d *delivery) logTrouble(err error) {
+	text, o, now := errorText(err), &d.outage, time.Now()
+	if now.Sub(d.failed) >= repeatAfter {
+		d.lines = 0
+	}
+	d.failed = now
+	isNew := !slices.Contains(o.logged, text) && d.lines < maxLogged
+	switch {
+	case isNew:
+		d.lines++
+	case now.Sub(d.logged) < repeatAfter:
 		return
 	}
-	o.told = append(o.told, text)
-	message := d.to.name + " unreachable, keeping metrics"
-	var r *refusal
-	switch {
-	case errors.As(err, &r) && r.remedy() != tryAgain:
-		message = d.to.name + " refuses metrics, keeping them until that is mended"
-	case r != nil || errors.Is(err, errUnsteady):
-		message = d.to.name + " fails, keeping metrics"
-	}
-	d.log.Error(message, "since", inUTC(since), "error", text)
+	d.logged, o.logged = now, append(o.logged, text)
+	o.over = d.to.name + " reachable again, kept metrics are delivered"
+	metrics, bytes, since, _ := d.queue.backlog()
+	d.log.Error(d.to.name+" "+failing(err),
+		"since", since, "metrics", metrics, "bytes", bytes, "error", text)
 }
 
 // end says what becomes of metrics that were not delivered.

@@ -314,8 +314,8 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 		}
 		lines := regexp.MustCompile(
 			`^level=ERROR msg="Backstop unreachable, keeping metrics" ` +
-				`since=2026-11-23T04:54:40Z error="connection refused"\n` +
-				`level=INFO msg="Backstop reachable again, metrics that were kept are delivered" ` +
+				`since=2026-11-23T04:54:40Z metrics=10 bytes=\d+ error="connection refused"\n` +
+				`level=INFO msg="Backstop reachable again, kept metrics are delivered" ` +
 				`metrics=1[0-2]0 last=\S+\n$`)
 		if got := log.Take(); !lines.MatchString(got) {
 			t.Errorf("logged\n%swant\n%s", got, lines)
@@ -397,7 +397,7 @@ func TestQueueIsBounded(t *testing.T) {
 		}
 		// At most one line a minute, but each loss is in one.
 		logged(t, log, 1,
-			`level=ERROR msg="no room for more metrics; the oldest are given up" metrics=100 from=`,
+			`level=ERROR msg="no room for more metrics, dropping the oldest" metrics=100 from=`,
 			` limit=1MiB`)
 		time.Sleep(time.Minute)
 		held := len(q.batches)
@@ -452,7 +452,7 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 		q.bound()
 		q.tellLoss(true)
 		q.mu.Unlock()
-		want = fmt.Sprintf(`the oldest are given up" metrics=%d `, 4000-len(got))
+		want = fmt.Sprintf(`dropping the oldest" metrics=%d `, 4000-len(got))
 		if lines := log.Take(); !strings.Contains(lines, want) {
 			t.Errorf("logged\n%swant %s", lines, want)
 		}
@@ -490,7 +490,7 @@ func TestQueueTellsAllThatWasDropped(t *testing.T) {
 			}
 			q.close()
 			<-done
-			line := regexp.MustCompile(`the oldest are given up" metrics=(\d+) from=(\S+) until=(\S+)`)
+			line := regexp.MustCompile(`dropping the oldest" metrics=(\d+) from=(\S+) until=(\S+)`)
 			lines := line.FindAllStringSubmatch(log.Take(), -1)
 			if len(lines) != 2 {
 				t.Fatalf("logged %q", lines)
@@ -598,7 +598,7 @@ func TestStoreThatHangs(t *testing.T) {
 func TestDeliveryPace(t *testing.T) {
 	const (
 		fails   = "Backstop fails, keeping metrics"
-		refuses = "Backstop refuses metrics, keeping them until that is mended"
+		refuses = "Backstop refuses metrics, keeping them until this is fixed"
 	)
 	soon, late := 500*time.Millisecond, 1500*time.Millisecond
 	for _, test := range []struct {
@@ -667,11 +667,99 @@ func TestDeliveryIsQuiet(t *testing.T) {
 			t.Error(err)
 		}
 		lines := log.Take()
-		if strings.Count(lines, "\n") != maxTold+1 || strings.Count(lines, "trouble 0") != 1 ||
+		if strings.Count(lines, "\n") != maxLogged+1 || strings.Count(lines, "trouble 0") != 1 ||
 			strings.Count(lines, "reachable again") != 1 {
 			t.Errorf("logged\n%s", lines)
 		}
 	})
+}
+
+// logOf returns what is logged of a day in which a metric is put each minute, while a request fails
+// if fail says so of its time.
+func logOf(t *testing.T, fail func(since time.Duration) error) string {
+	var text string
+	synctest.Test(t, func(t *testing.T) {
+		r, start := &receiver{}, time.Now()
+		to := r.destination()
+		to.remote = true
+		q, log := newRig(t, to, 1<<20, "")
+		r.fail = func(int, []int) error { return fail(time.Since(start)) }
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 24 * 60 {
+			q.put(points(i, 1))
+			time.Sleep(time.Minute)
+		}
+		q.close()
+		<-done
+		text = log.Take()
+	})
+	return text
+}
+
+// The first delivery after the start is logged once. After an outage at the start its end is.
+func TestDeliveryLogsItsStart(t *testing.T) {
+	got := logOf(t, func(time.Duration) error { return nil })
+	if got != "level=INFO msg=\"first delivery accepted\" metrics=1\n" {
+		t.Errorf("logged\n%s", got)
+	}
+	got = logOf(t, func(since time.Duration) error {
+		if since < 10*time.Minute {
+			return errors.New("connection refused")
+		}
+		return nil
+	})
+	if strings.Count(got, "\n") != 2 || !strings.Contains(got, `msg="Backstop reachable again`) {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// An outage is logged again each hour with what waits, also if each of its errors is another one.
+func TestDeliveryRepeatsAnOutage(t *testing.T) {
+	for _, test := range []struct {
+		why  string
+		fail func(since time.Duration) error
+		most int
+	}{
+		{"one error", func(time.Duration) error { return errors.New("connection refused") }, 24},
+		{"many errors", func(since time.Duration) error { return fmt.Errorf("request %s", since) },
+			23 + maxLogged},
+	} {
+		got := logOf(t, test.fail)
+		last := regexp.MustCompile(`msg="Backstop unreachable, keeping metrics" ` +
+			`since=2026-11-23T04:54:40Z metrics=1[34]\d\d bytes=\d{6} error=.*\n` +
+			`level=ERROR msg="ending without having delivered everything".*\n$`)
+		if n := strings.Count(got, "unreachable"); n < 23 || n > test.most || !last.MatchString(got) {
+			t.Errorf("%s: %d lines, logged\n%s", test.why, n, got)
+		}
+	}
+}
+
+// Trouble that comes and goes all the time has a bounded log, whose last line is true.
+func TestDeliveryIsQuietAboutFlapping(t *testing.T) {
+	got := logOf(t, func(since time.Duration) error {
+		if since%time.Minute == 0 && since < 12*time.Hour {
+			return errors.New("connection refused")
+		}
+		return nil
+	})
+	n := strings.Count(got, "\n")
+	last := got[strings.LastIndex(strings.TrimSpace(got), "\n")+1:]
+	if n < 2*(maxLogged+10) || n > 2*(maxLogged+12) || !strings.Contains(last, "reachable again") {
+		t.Errorf("%d lines, logged\n%s", n, got)
+	}
+	// After an hour without trouble an outage is logged at once, and so is its end.
+	got = logOf(t, func(since time.Duration) error {
+		since -= 20 * time.Hour
+		if since >= 0 && since < 3*time.Minute || since%time.Minute == 0 && since < -2*time.Hour {
+			return errors.New("connection refused")
+		}
+		return nil
+	})
+	tail := got[max(0, strings.LastIndex(got, `msg="Backstop unreachable`)):]
+	if strings.Count(tail, "\n") != 2 || !regexp.MustCompile(`" metrics=[3-6] last=`).MatchString(tail) {
+		t.Errorf("logged\n%s", got)
+	}
 }
 
 // A receiver that is too slow for a large request gets smaller ones.
@@ -788,8 +876,8 @@ func TestDeliveryFindsBadMetrics(t *testing.T) {
 			t.Errorf("%v: set aside are %.200s, %v", test.bad, body, err)
 		}
 		logged(t, log, 1,
-			fmt.Sprintf(`level=ERROR msg="metrics refused; they are given up" metrics=%d `, n),
-			`such_as="[{\"metric\":\"web.a\",\"value\":`,
+			fmt.Sprintf(`level=ERROR msg="metrics refused, dropping them" metrics=%d `, n),
+			`example="[{\"metric\":\"web.a\",\"value\":`,
 			`error="answer 400 Bad Request: missing fields"`,
 			" file="+left[0])
 	}
@@ -1335,7 +1423,7 @@ func TestEverythingArrivesButTheBad(t *testing.T) {
 		if s.Lines() != sortedLines(want) {
 			t.Errorf("%s: what arrived is not what was sampled", where)
 		}
-		bad := `metrics=1 such_as="[{\"metric\":\"web.m1234\",`
+		bad := `metrics=1 example="[{\"metric\":\"web.m1234\",`
 		if got := log.Take(); !strings.Contains(got, bad) {
 			t.Errorf("%s: logged %s", where, got)
 		}
@@ -1388,7 +1476,8 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 				}
 				want += asLines(sampled(i, 10))
 			}
-			if got := s.Lines(); got != sortedLines(want) || log.Take() != "" {
+			if got := s.Lines(); got != sortedLines(want) ||
+				strings.Contains(log.Take(), "level=ERROR") {
 				t.Errorf("%s, phase %d: %d lines arrived", name, phase, strings.Count(got, "\n"))
 			}
 		}

@@ -1223,8 +1223,8 @@ func TestLiveCarbon(t *testing.T) {
 		f.arrives(t, c)
 		harness.Must(t, end())
 		for text, times := range map[string]int{
-			`msg="Carbon unreachable, keeping metrics"`:                          2,
-			`msg="Carbon reachable again, metrics that were kept are delivered"`: 1,
+			`msg="Carbon unreachable, keeping metrics"`:                2,
+			`msg="Carbon reachable again, kept metrics are delivered"`: 1,
 		} {
 			if n := strings.Count(f.log.String(), text); n < 1 || n > times {
 				t.Errorf("%d times %s in\n%s", n, text, f.log)

@@ -183,8 +183,9 @@ func TestMessagesAreDocumented(t *testing.T) {
 		if strings.HasSuffix(source, "_test.go") {
 			continue
 		}
-		for _, message := range harness.AllOf(`(?:log\.(?:Warn|Error|Info)\(|message :?= `+
-			`(?:d\.to\.name \+ )?)"([^"]+)"`, harness.ReadFile(t, source)) {
+		text := harness.ReadFile(t, source)
+		for _, message := range append(harness.AllOf(`log\.(?:Warn|Error|Info)\("([^"]+)"`, text),
+			harness.AllOf(`return "(.+, keeping .+)"`, text)...) {
 			if slices.Contains([]string{"started", "ending", "Docker engine answers"}, message) {
 				continue
 			}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -166,7 +165,7 @@ func (q *queue) tellLoss(over bool) {
 	if lost.metrics == 0 || !over && now.Sub(lost.told) < time.Minute {
 		return
 	}
-	q.log.Error("no room for more metrics; the oldest are given up", "metrics", lost.metrics,
+	q.log.Error("no room for more metrics, dropping the oldest", "metrics", lost.metrics,
 		"from", inUTC(lost.from), "until", inUTC(lost.until), "limit", units.BytesSize(float64(q.limit)))
 	q.loss = loss{told: now}
 }
@@ -241,8 +240,8 @@ func (q *queue) posted(b *batch, metrics int, err error) {
 	b.tried = b.tried || err != nil
 }
 
-// giveUp counts metrics of b as dropped.
-func (q *queue) giveUp(b *batch, metrics int) {
+// drop counts metrics of b as dropped.
+func (q *queue) drop(b *batch, metrics int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.figures.dropped += uint64(metrics)
@@ -275,9 +274,8 @@ func (q *queue) done(b *batch, start time.Time) (over bool) {
 }
 
 // putBack ends the flight of b, of which left is still to be delivered; nil is all of it. b is
-// late now, and because of trouble, if there is any, so is everything else. since is the oldest
-// time of all, in Unix seconds.
-func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
+// late now, and because of trouble, if there is any, so is everything else.
+func (q *queue) putBack(b *batch, left []byte, trouble string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.inFlight = nil
@@ -300,10 +298,6 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) (since int64) {
 			b.body = nil
 		}
 	}
-	if len(q.batches) == 0 { // b was dropped while it was pending
-		return b.oldest
-	}
-	return q.batches[0].oldest
 }
 
 // hasFresh reports whether a fresh batch waits beside the one in flight.
@@ -340,20 +334,13 @@ func (q *queue) state() slog.Attr {
 	return slog.Group("queue", "metrics", metrics, "batches", len(q.batches), "bytes", bytes)
 }
 
-// describe says in a few words what waits, for a status line.
-func (q *queue) describe() string {
+// backlog returns what waits, the time of the oldest metric if any is late, and why they wait.
+func (q *queue) backlog() (metrics int, bytes int64, since, trouble string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.batches) == 0 {
-		return "empty"
-	}
-	metrics, _ := q.size()
-	text := fmt.Sprintf("%d metrics", metrics)
+	metrics, bytes = q.size()
 	if q.late > 0 {
-		text += " since " + inUTC(q.batches[0].oldest)
+		since = inUTC(q.batches[0].oldest)
 	}
-	if q.trouble != "" {
-		text += ", " + q.trouble
-	}
-	return text
+	return metrics, bytes, since, q.trouble
 }

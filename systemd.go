@@ -71,8 +71,24 @@ func (s *service) hasSwept(result sweepResult, took time.Duration) {
 func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if status := fit(s.swept+"; queue: "+s.queue.describe(), maxShown); status != s.status {
+	if status := fit(s.swept+"; queue: "+s.waiting(), maxShown); status != s.status {
 		s.status = status
 		s.send("STATUS=" + status)
 	}
+}
+
+// waiting says in a few words what waits in the queue.
+func (s *service) waiting() string {
+	metrics, _, since, trouble := s.queue.backlog()
+	if metrics == 0 {
+		return "empty"
+	}
+	text := fmt.Sprintf("%d metrics", metrics)
+	if since != "" {
+		text += " since " + since
+	}
+	if trouble != "" {
+		text += ", " + trouble
+	}
+	return text
 }
