@@ -25,7 +25,8 @@ COPY --from=build /src/LICENSE /
 COPY --from=build /src/docs/third-party.md /THIRD_PARTY.md
 # With /spool, where any user can make a folder, also in a new volume.
 COPY --from=build /out/ /
-ENV SRV_SPOOL=/spool/metrics
+# "container" says to the program that it is in one, as https://systemd.io/CONTAINER_INTERFACE/ has it.
+ENV SRV_SPOOL=/spool/metrics container=docker
 # Not root. It also needs the group of the engine's socket, whose number is the host's: --group-add.
 USER 65532:65532
 ENTRYPOINT ["/docker-stats-to-backstop"]

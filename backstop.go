@@ -25,12 +25,12 @@ const (
 	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted
 	// in less.
 	leadAfter = time.Second
-	// leadPause is what Carbon's host has to tell Backstop's that the connection is dead: more than
-	// the round trip between the two.
+	// leadPause is longer than the round trip between Backstop and Carbon: by then Backstop knows
+	// that the connection is dead.
 	leadPause = 50 * time.Millisecond
 	// maxPage bounds an answer, in bytes. An error page can have 140 KB, of which one line is used.
 	maxPage = 256 << 10
-	// pageTimeout is for an answer's body, once the header has told what became of the request.
+	// pageTimeout is for an answer's body, once its header is there.
 	pageTimeout = time.Second
 	// maxTries is how often a request is sent that a server error answers, before delivery waits.
 	maxTries = 3
@@ -72,7 +72,7 @@ type backstop struct {
 // which may hold a password.
 func newBackstop(text string) (*backstop, error) {
 	u, err := url.Parse(text)
-	const want = "want one such as https://user:password@backstop.server/publish/docker, " +
+	const want = "write one such as https://user:password@backstop.server/publish/docker, " +
 		"carbon://carbon.server:2003/docker, or - for standard output"
 	switch {
 	case err != nil:
@@ -332,7 +332,7 @@ func hint(resp *http.Response, line string) string {
 	case http.StatusBadRequest:
 		if line != "missing fields" && line != "JSON is required" {
 			return "this is not Backstop's answer: " +
-				"check what is at the address in --backstop, and whether it wants https://"
+				"check what is at the address in --backstop, and whether it needs https://"
 		}
 	case http.StatusUnauthorized:
 		return "check user and password in --backstop against BACKSTOP_AUTH, " +
@@ -341,7 +341,7 @@ func hint(resp *http.Response, line string) string {
 		return "Backstop in development mode, its default, refuses host names it does not know: " +
 			"start it with RACK_ENV=production"
 	case http.StatusNotFound:
-		return "the path in --backstop has to be /publish/ and one of the PREFIXES " +
+		return "the path in --backstop must be /publish/ and one of the PREFIXES " +
 			"that Backstop was started with"
 	}
 	if resp.StatusCode/100 == 3 {

@@ -102,7 +102,7 @@ func TestPostFailures(t *testing.T) {
 			`^answer 401 Unauthorized: Not authorized; check user and password in --backstop`},
 		{"another prefix", "/publish/doker", nil, fixIt,
 			`^answer 404 Not Found: unknown prefix; ` +
-				`the path in --backstop has to be /publish/ and one of the PREFIXES`},
+				`the path in --backstop must be /publish/ and one of the PREFIXES`},
 		{"two segments", "/publish/docker/x", nil, fixIt,
 			`^answer 404 Not Found: <!DOCTYPE html>; the path`},
 		{"forbidden", docker, answer(403, "Host not permitted"), fixIt,
@@ -112,7 +112,7 @@ func TestPostFailures(t *testing.T) {
 			`^answer 400 Bad Request: missing fields$`},
 		{"not Backstop", docker, answer(400, https), halveIt,
 			`^answer 400 Bad Request: ` + https + `; this is not Backstop's answer: ` +
-				`check what is at the address in --backstop, and whether it wants https://$`},
+				`check what is at the address in --backstop, and whether it needs https://$`},
 		{"too large", docker, answer(413, ""), halveIt, `^answer 413 Request Entity Too Large$`},
 		{"slow down", docker, answer(429, ""), tryAgain, `^answer 429 Too Many Requests$`},
 		{"stalled", docker, answer(408, ""), tryAgain, `^answer 408 Request Timeout$`},
@@ -203,7 +203,7 @@ func TestBackstopURLs(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		"": "not an http://, https:// or carbon:// URL; " +
-			"want one such as https://user:password@backstop.server/publish/docker",
+			"write one such as https://user:password@backstop.server/publish/docker",
 		"backstop.server/publish/docker":     "not an http://, https:// or carbon:// URL",
 		"ftp://user:secret@h/publish/docker": "not an http://, https:// or carbon:// URL",
 		"http:///publish/docker":             "no host in the URL",
@@ -490,7 +490,7 @@ func TestCarbonURLs(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"carbon:host:2003":               "no host in the URL; want one such as carbon://carbon",
+		"carbon:host:2003":               "no host in the URL; write one such as carbon://carbon",
 		"carbon://":                      "no host in the URL",
 		"carbon://:2003/secret":          "no host in the URL",
 		"carbon://host:0":                "the port in the URL is not a number from 1 to 65535",

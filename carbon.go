@@ -66,7 +66,7 @@ type reading struct {
 // newCarbon prepares for writing to a URL such as carbon://carbon.server:2003/docker. Its error
 // never shows the URL: a user who takes it for Backstop's may have put a password in it.
 func newCarbon(text string) (*carbon, error) {
-	const want = "want one such as carbon://carbon.server:2003/docker"
+	const want = "write one such as carbon://carbon.server:2003/docker"
 	u, err := url.Parse(text)
 	if err != nil {
 		return nil, errors.New("not a URL; " + want)
@@ -101,8 +101,8 @@ func (c *carbon) destination() destination {
 		post: c.post, confirm: c.confirm}
 }
 
-// post writes a body from encode. It returns nil when Carbon has read it; confirm tells later
-// whether it is delivered.
+// post writes a body from encode. It returns nil when Carbon has read it; confirm reports
+// later whether it is delivered.
 func (c *carbon) post(ctx context.Context, body []byte) error {
 	metrics, err := decode(body)
 	if err != nil {
@@ -143,8 +143,8 @@ var errNotCarbon = errors.New("it answers, which Carbon's plaintext protocol nev
 	"check host and port")
 
 // errCarbonGone is what is wrong when a witness has ended.
-var errCarbonGone = errors.New("it closed a connection that was kept open to see whether " +
-	"it lives; what it read last may be lost and is sent again")
+var errCarbonGone = errors.New("it closed the silent connection that shows whether it " +
+	"lives; what it read last may be lost and is sent again")
 
 // confirm returns how many of the posts that Carbon has read, oldest first, are delivered, and when
 // to ask again. With an error, all others have to be posted again.
@@ -299,7 +299,7 @@ func (p *pending) add(b *batch, start time.Time) {
 	q.inFlight, q.trouble, b.pending = nil, "", start
 }
 
-// wake returns a channel that tells when there is something to settle, nil if nothing is pending.
+// wake returns a channel that fires when something can be settled, nil if nothing is pending.
 func (p *pending) wake() <-chan time.Time {
 	if p.isEmpty() {
 		return nil

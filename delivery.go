@@ -119,7 +119,7 @@ type flight struct {
 	*batch
 	parts    [][]byte // bodies that are still to be posted, in order
 	accepted bool     // whether a part was
-	bad      [][]byte // metrics that are to blame for a refusal, one in each body
+	bad      [][]byte // metrics that were refused, one in each body
 	refusal  error    // of the last of them
 }
 
@@ -327,7 +327,7 @@ func (d *delivery) end(trouble string) error {
 		if kept > 0 {
 			attrs = append(attrs, "kept", kept, "spool", d.store.spool.dir)
 		}
-		d.log.Error("ending without having delivered everything", append(attrs, "error", trouble)...)
+		d.log.Error("ended before everything was delivered", append(attrs, "error", trouble)...)
 	}
 	if n := kept + lost + d.lost; n > 0 {
 		return fmt.Errorf("%d metrics not delivered", n)

@@ -450,7 +450,7 @@ func TestQueueCountsWhatArrived(t *testing.T) {
 		q.mu.Lock()
 		q.limit = 0
 		q.bound()
-		q.tellLoss(true)
+		q.logLoss(true)
 		q.mu.Unlock()
 		want = fmt.Sprintf(`dropping the oldest" metrics=%d `, 4000-len(got))
 		if lines := log.Take(); !strings.Contains(lines, want) {
@@ -524,7 +524,7 @@ func TestQueueEnds(t *testing.T) {
 		if r.tries != tries+1 || time.Since(closed) != 0 {
 			t.Errorf("%d more tries in %s", r.tries-tries, time.Since(closed))
 		}
-		want := `level=ERROR msg="ending without having delivered everything" ` +
+		want := `level=ERROR msg="ended before everything was delivered" ` +
 			`lost=15 error="connection refused"`
 		if got := log.Take(); !strings.Contains(got, want) {
 			t.Errorf("logged\n%swant %s", got, want)
@@ -728,7 +728,7 @@ func TestDeliveryRepeatsAnOutage(t *testing.T) {
 		got := logOf(t, test.fail)
 		last := regexp.MustCompile(`msg="Backstop unreachable, keeping metrics" ` +
 			`since=2026-11-23T04:54:40Z metrics=1[34]\d\d bytes=\d{6} error=.*\n` +
-			`level=ERROR msg="ending without having delivered everything".*\n$`)
+			`level=ERROR msg="ended before everything was delivered".*\n$`)
 		if n := strings.Count(got, "unreachable"); n < 23 || n > test.most || !last.MatchString(got) {
 			t.Errorf("%s: %d lines, logged\n%s", test.why, n, got)
 		}

@@ -731,6 +731,10 @@ func engineHint(err error) string {
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
+		if os.Getenv("container") != "" { // as the image sets it
+			return "; give the container the group of the socket: " +
+				"--group-add $(stat -c %g /var/run/docker.sock)"
+		}
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), says("refused"):
 		return "; is Docker running, and is --docker its address?"

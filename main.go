@@ -92,7 +92,7 @@ func newLogger(w io.Writer, opts *options) *slog.Logger {
 func fitAttr(a slog.Attr) slog.Attr {
 	most := maxForeign
 	switch a.Key {
-	case "error", "such_as", "spool": // with our own words
+	case "error", "example", "spool": // with our own words
 		most = maxShown
 	}
 	if kind := a.Value.Kind(); kind == slog.KindString || kind == slog.KindAny {
@@ -109,10 +109,9 @@ func (c complaints) Write(text []byte) (int, error) {
 	return len(text), nil
 }
 
-// run does what opts ask for, until it is done or a signal ends it. If it returns an error, the
-// log has it.
+// run does what opts ask for, until it is done or a signal stops it. Its error is in the log.
 func run(opts *options, log *slog.Logger) error {
-	signal.Ignore(syscall.SIGHUP) // the end of a terminal is not ours
+	signal.Ignore(syscall.SIGHUP) // outlive the terminal
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfVariables(log)
@@ -139,7 +138,7 @@ func untilSignal() (polling, sending context.Context, release func()) {
 	context.AfterFunc(polling, func() {
 		stop() // the next signal has its usual effect
 		time.AfterFunc(finishWithin, func() {
-			abort(fmt.Errorf("no answer within the %s there are after a signal to end", finishWithin))
+			abort(fmt.Errorf("no answer within %s after the signal to stop", finishWithin))
 		})
 	})
 	return polling, sending, func() {
@@ -163,7 +162,7 @@ func checkNames(ctx context.Context, opts *options, log *slog.Logger) error {
 	if err != nil {
 		log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))
 	} else if !ok {
-		err = errors.New("not every container has a name of its own")
+		err = errors.New("not every container has its own name")
 	}
 	return err
 }
@@ -192,7 +191,7 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 	}
 	st, err := newStore(q, folder)
 	if err != nil {
-		log.Error("not started: the folder of --spool is not for us",
+		log.Error("not started: cannot use the folder of --spool",
 			"spool", opts.spool, "error", errorText(err))
 		return nil, err
 	}
@@ -233,10 +232,13 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	result := p.sweep(polling)
 	p.queue.close()
 	if polling.Err() != nil {
-		p.log.Error("ended by a signal before all was polled")
+		p.log.Error("stopped by a signal before all was polled")
 	}
 	p.delivery.patient = true // for the exit status
 	err := p.delivery.deliver(sending)
+	if !p.delivery.to.remote && len(result.metrics) > 0 { // somebody tries it
+		p.log.Warn("cpu.percent needs two polls, so --once has none")
+	}
 	if result.failed > 0 {
 		err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))
 	}
@@ -267,6 +269,6 @@ func (p *pipeline) daemon(polling, sending context.Context, every time.Duration)
 	select {
 	case <-delivered:
 	case <-time.After(time.Second):
-		p.log.Error("ending without having delivered everything", "error", context.Cause(sending))
+		p.log.Error("ended before everything was delivered", "error", context.Cause(sending))
 	}
 }

@@ -794,8 +794,8 @@ func TestSlowSweepsAreToldOnce(t *testing.T) {
 			}
 		}, log.Logger())
 		got := log.Take()
-		if strings.Count(got, "\n") != 2 || !strings.Contains(got, "the sweep took longer") ||
-			!strings.Contains(got, `level=INFO msg="sweeps are in time again"`) {
+		if strings.Count(got, "\n") != 2 || !strings.Contains(got, "a poll took longer") ||
+			!strings.Contains(got, `level=INFO msg="polls are in time again"`) {
 			t.Errorf("logged:\n%s", got)
 		}
 	})
@@ -853,5 +853,22 @@ func TestNoSystemd(t *testing.T) {
 	t.Setenv("WATCHDOG_USEC", "nonsense")
 	if service := newService(time.Second, nil); service.watchdog != 0 {
 		t.Errorf("a watchdog of %s, where there is none", service.watchdog)
+	}
+}
+
+// In a container the remedy is an option of docker run: the image says that it is one.
+func TestHintInTheImage(t *testing.T) {
+	sets := regexp.MustCompile(`(?m)^ENV .*\bcontainer=docker$`)
+	if !sets.MatchString(harness.ReadFile(t, "Dockerfile")) {
+		t.Error("the image does not set $container")
+	}
+	for container, want := range map[string]string{
+		"docker": "--group-add $(stat -c %g /var/run/docker.sock)",
+		"":       "usermod -aG docker USER",
+	} {
+		t.Setenv("container", container)
+		if hint := engineHint(os.ErrPermission); !strings.HasSuffix(hint, ": "+want) {
+			t.Errorf("with container=%s it says %q", container, hint)
+		}
 	}
 }

@@ -32,10 +32,9 @@ The same, with the metrics of my.container.name.x under my.name:
     docker-stats-to-backstop --backstop=https://user:password@backstop.server/publish/docker \
       --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}' --poll=60s
 
-Options; each can also be set by the environment variable beside it, or by a file that
-the variable with _FILE behind its name leads to, such as
-SRV_BACKSTOP_FILE=/run/secrets/backstop. The option wins over both, and an empty
-variable counts as unset.
+Options; each can also be set by the variable beside it. Add _FILE to a variable's name to
+read its value from a file: SRV_BACKSTOP_FILE=/run/secrets/backstop. An option wins over
+its variable. An empty variable counts as unset.
 
 `
 
@@ -71,7 +70,7 @@ type option struct {
 	name     string
 	value    string // what --help calls the value; "": the option is a switch
 	fallback string // the value if none is given
-	origin   string // the variable of others that fallback may come from
+	origin   string // the variable of another program that fallback may come from
 	flagOnly bool   // whether no variable sets it
 	address  bool   // whether the value may have credentials in it
 	discreet bool   // whether errors of set show nothing of the value
@@ -88,47 +87,46 @@ func (o *options) table() []option {
 			set: into(&o.to, parseDestination),
 			help: "where to send to: an http or https URL of Backstop, with\n" +
 				"user:password@ for Basic authentication; or Carbon itself,\n" +
-				"carbon://HOST, with :PORT if that is not 2003, and with /PREFIX\n" +
-				"for all names; - prints the metrics as Carbon plaintext lines\n" +
-				"instead (default: %s)"},
+				"carbon://HOST[:2003][/PREFIX]; - prints the metrics instead, as\n" +
+				"lines of Carbon's plaintext protocol (default: %s)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
 			origin: "DOCKER_HOST", address: true, order: 1, // after --poll
 			set: into(&o.engine, o.parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
-				"https://, on Windows npipe:// too; DOCKER_TLS_VERIFY and\n" +
-				"DOCKER_CERT_PATH are read as the docker command reads them\n" +
-				"(default: $DOCKER_HOST, or else " + defaultDocker + ")"},
+				"https://, on Windows also npipe://; DOCKER_TLS_VERIFY and\n" +
+				"DOCKER_CERT_PATH work as for the docker command\n" +
+				"(default: $DOCKER_HOST, else " + defaultDocker + ")"},
 		{name: "prefix", value: "JSON", set: into(&o.rules, parseRules),
-			help: "how a container's name becomes the prefix of its metrics:\n" +
-				`{"regexp":"…","into":"…"} replaces each match of the Go` + "\n" +
-				`regular expression by "into", where $1 is its first group and` + "\n" +
-				"${host} this host's name; or a list of such rules, of which the\n" +
-				"first that matches counts; or @FILE, which has them. More keys:\n" +
-				`"from", "category", "drop", see the README; --check shows what` + "\n" +
-				"comes out (default: the name as it is)"},
+			help: "a rule that makes the prefix of a container's metrics from its\n" +
+				`name: {"regexp":"…","into":"…"} replaces each match of the Go` + "\n" +
+				`regular expression by "into"; $1 is its first group, ${host} this` + "\n" +
+				"host's name. Or a list of rules: the first that matches counts.\n" +
+				"Or @FILE with them. docs/names.md has recipes and more keys:\n" +
+				`"from", "category", "drop". --check shows the result` + "\n" +
+				"(default: the name as it is)"},
 		{name: "poll", value: "DURATION", fallback: "60s", set: into(&o.poll, parsePoll),
 			help: "how often, such as 10s, 1m or 1m30s (default: %s)"},
 		{name: "host", value: "NAME", set: into(&o.host, parseHost),
 			help: "the prefix of this host's own metrics\n(default: the engine's name for its host)"},
 		{name: "per", value: "LIST", set: into(&o.per, parseDetails),
-			help: "finer series as well: core, interface, device, or several of\n" +
-				"them with commas between (default: none)"},
+			help: "finer series as well: core, interface, device, or several with\n" +
+				"commas between (default: none)"},
 		{name: "spool", value: "DIR", fallback: state, origin: "STATE_DIRECTORY",
 			set: into(&o.spool, parseSpool),
-			help: "keep metrics in this folder until Backstop has them, so that they\n" +
-				"outlive a restart, a kill and a loss of power\n" +
-				"(default: $STATE_DIRECTORY, which systemd sets, or else none:\n" +
-				"they are kept in memory)"},
+			help: "keep metrics in this folder until they are delivered, so that they\n" +
+				"survive a restart, a kill and a power cut (default:\n" +
+				"$STATE_DIRECTORY, which systemd sets, else none: they are kept in\n" +
+				"memory)"},
 		{name: "spool-limit", value: "SIZE", fallback: "256MiB",
 			set: into(&o.spoolLimit, parseSpoolLimit),
-			help: "how much is kept at most, in either place; then the oldest are\n" +
-				"given up (default: %s)"},
+			help: "how much is kept at most, in the folder or in memory; then the\n" +
+				"oldest metrics are dropped (default: %s)"},
 		{name: "concurrency", value: "N", set: into(&o.concurrency, parseConcurrency),
-			help: "how many calls to the engine may be under way at the same time\n" +
+			help: "how many calls to the engine at the same time\n" +
 				"(default: as many as it needs, up to 512)"},
 		{name: "check", set: into(&o.check, strconv.ParseBool),
-			help: "show what --prefix makes of each running container, and exit: 0, or\n" +
-				"1 if two would have one name; nothing is sent"},
+			help: "show what --prefix makes of each running container, send nothing,\n" +
+				"and exit: 0, or 1 if two containers get one name"},
 		{name: "once", set: into(&o.once, strconv.ParseBool),
 			help: "poll once, deliver, and exit: 0, or 1 if anything failed"},
 		{name: "verbose", set: into(&o.verbose, strconv.ParseBool),
@@ -194,7 +192,7 @@ func parseOptions(args []string) (*options, error) {
 		isFile := from != "" && from == opt.variable()+"_FILE"
 		switch {
 		case err != nil && opt.value == "":
-			return nil, fmt.Errorf("%s is on or off: it takes no other value than true or false", from)
+			return nil, fmt.Errorf("%s must be true or false", from)
 		case err != nil && isFile && !opt.discreet:
 			return nil, opt.unfitFile(from)
 		case err != nil:
@@ -213,7 +211,7 @@ func (opt *option) unfitFile(variable string) error {
 	if opt.name == "prefix" {
 		more = "--prefix=@FILE says what is wrong"
 	}
-	return fmt.Errorf("%s: what %s has in it is not shown, and does not do for --%s; %s",
+	return fmt.Errorf("%s: the content of %s, not shown here, is no value for --%s; %s",
 		variable, shown(os.Getenv(variable)), opt.name, more)
 }
 
@@ -273,7 +271,7 @@ func explainFlag(err error) error {
 			name = name[:end]
 		}
 		if name == "rules" { // in the last version of 2015
-			return errors.New("--rules is called --prefix now; the list itself is as it was")
+			return errors.New("--rules is called --prefix now; the list stays the same")
 		}
 		return fmt.Errorf(
 			"unknown option --%s; options are written --name=value; see --help", name)
@@ -316,7 +314,7 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	from = variable + "_FILE"
 	text, err = readText(path)
 	if err != nil {
-		err = fmt.Errorf("%s: %w: the path of a file that has the value is wanted", from, err)
+		err = fmt.Errorf("%s: %w: give the path of a file with the value", from, err)
 	} else if text == "" {
 		err = fmt.Errorf("%s: %s is empty", from, shown(path))
 	}
@@ -399,7 +397,7 @@ func parsePoll(text string) (time.Duration, error) {
 	return poll, nil
 }
 
-// parseHost takes any name, but for an address, which is taken from the wrong place.
+// parseHost takes any name but an address: that was meant for another option.
 func parseHost(text string) (string, error) {
 	if strings.Contains(text, "@") || strings.Contains(text, "://") {
 		return "", fmt.Errorf("%s is not the name of a host", shown(text))

@@ -183,9 +183,9 @@ func TestRuleRefusals(t *testing.T) {
 			`of such: \[\{…\},\{…\}\]$`},
 		{`{"regexp":"a","into":"b"`, `^the JSON ends too early, at byte 24 of .*; the form is `},
 		{`{"regexp":"a","into":"b"}}`, `^something follows the JSON, at byte 26 of `},
-		{`["a"]`, `^rule 1: a JSON string where an object is wanted; the form is `},
-		{`null`, `^a JSON null where an object or a list is wanted; the form is `},
-		{`"web"`, `^a JSON string where an object or a list is wanted; the form is `},
+		{`["a"]`, `^rule 1: a JSON string instead of an object; the form is `},
+		{`null`, `^a JSON null instead of an object or a list; the form is `},
+		{`"web"`, `^a JSON string instead of an object or a list; the form is `},
 		{``, `^empty; the form is `},
 		{`[]`, `^the list has no rule in it; the form is `},
 		{`[{"regexp":"a","into":"b"},{"regexp":"a"`,
@@ -198,15 +198,15 @@ func TestRuleRefusals(t *testing.T) {
 		{`[{"regexp":"a","into":"b"},{"regex":"c"}]`,
 			`^rule 2: unknown key "regex"; the keys are `},
 		{`{"regexp":"a","into":"b","regexp":"c"}`, `^the key "regexp" is there twice$`},
-		{`{"regexp":"a","drop":"true"}`, `^"drop" is a JSON string where true or false is wanted$`},
-		{`{"regexp":"a","drop":null}`, `^"drop" is a JSON null where true or false is wanted$`},
-		{`{"regexp":"a","category":["b"]}`, `^"category" is a JSON array where a string is wanted`},
-		{`{"regexp":null,"into":"b"}`, `^"regexp" is a JSON null where a string is wanted`},
+		{`{"regexp":"a","drop":"true"}`, `^"drop" is a JSON string instead of true or false$`},
+		{`{"regexp":"a","drop":null}`, `^"drop" is a JSON null instead of true or false$`},
+		{`{"regexp":"a","category":["b"]}`, `^"category" is a JSON array instead of a string`},
+		{`{"regexp":null,"into":"b"}`, `^"regexp" is a JSON null instead of a string`},
 		// What there is to see, and to count
 		{`{"from":"nmae","regexp":"a","into":"b"}`,
-			`^"from" is "nmae"; want "name", "image", "id", or "label:" and a label's key$`},
+			`^"from" is "nmae"; write "name", "image", "id", or "label:" and a label's key$`},
 		{`{"from":"label","regexp":"a","into":"b"}`,
-			`^"from" names no label: want "label:" and its key, such as ` +
+			`^"from" names no label: write "label:" and its key, such as ` +
 				`"label:com.docker.compose.project"$`},
 		{`{"from":"label:","regexp":"a","into":"b"}`, `^"from" names no label`},
 		{`{"regexp":"a","category":"running"}`,
@@ -215,11 +215,11 @@ func TestRuleRefusals(t *testing.T) {
 		{`{"regexp":"a","category":"total"}`, `^the category "total" is taken`},
 		{`{"regexp":"a","category":"count"}`, `^no category can be called "count": Carbon aggregates`},
 		// Without effect
-		{`{"regexp":"a"}`, `^it does nothing, and no rule follows that it could keep from a ` +
+		{`{"regexp":"a"}`, `^it has no effect, as it only keeps later rules from a ` +
 			`container; give it an "into", a "category" or a "drop", or leave it out$`},
-		{`[{"regexp":"a","into":"b"},{"regexp":"a","drop":false}]`, `^rule 2: it does nothing`},
+		{`[{"regexp":"a","into":"b"},{"regexp":"a","drop":false}]`, `^rule 2: it has no effect`},
 		{`{"regexp":"a","drop":true,"category":"b"}`,
-			`^"drop" leaves the container out altogether, so "into" and "category" do nothing beside it; ` +
+			`^"drop" leaves the container out altogether, so "into" and "category" have no effect; ` +
 				`leave them out$`},
 		{`[{"regexp":"a","into":"b"},{"regexp":"a","into":"c"}]`,
 			`^rule 2: it can never be reached: rule 1 has the same regexp; put them together$`},
@@ -228,7 +228,7 @@ func TestRuleRefusals(t *testing.T) {
 			`behind this one$`},
 		{`[{"from":"label:l","regexp":"","into":"b"},{"from":"label:l","regexp":"a","into":"c"}]`,
 			`^rule 2: it can never be reached: rule 1 matches`},
-		{`{"regexp":1,"into":"b"}`, `^"regexp" is a JSON number where a string is wanted; the form is `},
+		{`{"regexp":1,"into":"b"}`, `^"regexp" is a JSON number instead of a string; the form is `},
 		{`{"regexp":"a(","into":"b"}`,
 			"^in \"regexp\": missing closing \\): `a\\(`, at byte 2 of a\\(; the syntax is that of " +
 				"https://"},
@@ -258,12 +258,12 @@ func TestRuleRefusals(t *testing.T) {
 		// What is left of the unit of 2015 after today's systemd, and of a prefix in the
 		// double quotes of a shell
 		{`{regexp:(.*)\\..*\\.(.*)\\..*,into:$1.$2}`,
-			`^it arrived without its double quotes, as \{regexp:.*: systemd or a shell took them out; ` +
+			`^it arrived without its double quotes, as \{regexp:.*: systemd or a shell removed them; ` +
 				`put the whole of it in single quotes; .*'--prefix=\{"regexp":"\(\.\*\)\\\\\\\\\.\.\*.*`},
 		{`{regexp:(.*)\..*,into:.}`, `^it arrived without its double quotes`},
 		{`{"regexp":"\bweb\b","into":"$1"}`,
 			`^"regexp" has a single backslash, which JSON takes for a control character, in .*: systemd ` +
-				`or a shell took it out, or it was never there; put the whole of it in single quotes; `},
+				`or a shell removed it, or it was never there; put the whole of it in single quotes; `},
 		// the last of a bash's brace expansion
 		{`into:.`, `^it arrived without its double quotes, as into:\.: systemd or a shell took them ` +
 			`out; `},
@@ -345,11 +345,11 @@ func TestRulesOfAFile(t *testing.T) {
 			`16, and the \. of a regexp is \\. in JSON: in JSON, write each of them twice`,
 		"[\n {\"regexp\": \"a\" \"into\"}]": `: not JSON, at line 2, column 17: invalid character ` +
 			`'"' after object key:value pair; the form is `,
-		"[\n {\"regexp\": \"a\", \"drop\": 1}]": `: rule 1: "drop" is a JSON number where true or ` +
-			`false is wanted`,
+		"[\n {\"regexp\": \"a\", \"drop\": 1}]": `: rule 1: "drop" is a JSON number instead of ` +
+			`true or false`,
 		"{regexp:a}": ": not JSON, at line 1, column 2: ",
 		"[]":         ": the list has no rule in it; ",
-		"5":          ": a JSON number where an object or a list is wanted; ",
+		"5":          ": a JSON number instead of an object or a list; ",
 		"[":          ": the JSON ends too early, at line 1, column 1; the form is ",
 	} {
 		write(text)
@@ -361,7 +361,7 @@ func TestRulesOfAFile(t *testing.T) {
 	}
 	for _, path := range []string{"", "/no/such/file", t.TempDir()} {
 		if _, err := parseRules("@" + path); err == nil || !strings.Contains(err.Error(), path) ||
-			!strings.HasSuffix(err.Error(), "@ and the path of a file that can be read is wanted") {
+			!strings.HasSuffix(err.Error(), "give @ and the path of a readable file") {
 			t.Errorf("@%s: %v", path, err)
 		}
 	}

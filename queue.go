@@ -53,7 +53,7 @@ type disk struct {
 type loss struct {
 	metrics     int
 	from, until int64     // their times, in Unix seconds
-	told        time.Time // when the loss before this one was logged
+	logged      time.Time // when the loss before this one was
 }
 
 // newQueue returns an empty queue that keeps up to limit bytes.
@@ -62,7 +62,7 @@ func newQueue(limit int64, log *slog.Logger) *queue {
 		unstored: make(chan struct{}, 1), closed: make(chan struct{})}
 }
 
-// close tells delivery that nothing more is put.
+// close ends the queue: nothing more is put.
 func (q *queue) close() { close(q.closed) }
 
 func (q *queue) isClosed() bool {
@@ -74,8 +74,8 @@ func (q *queue) isClosed() bool {
 	}
 }
 
-// tell tells a channel with room for one value that there is news.
-func tell(to chan struct{}) {
+// notify puts a value into a channel that has room for one.
+func notify(to chan struct{}) {
 	select {
 	case to <- struct{}{}:
 	default:
@@ -101,15 +101,15 @@ func (q *queue) put(metrics []metric) {
 		q.late = len(q.batches)
 	}
 	q.bound()
-	q.tellLoss(false)
+	q.logLoss(false)
 	_, held := q.size()
 	if q.disk.writable {
 		held = 0 // of memory
 	}
 	tuneCollector(held)
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
-	tell(q.unstored)
-	tell(q.changed)
+	notify(q.unstored)
+	notify(q.changed)
 }
 
 // size returns what is in the queue. It is called with mu held.
@@ -155,19 +155,19 @@ func (q *queue) remove(b *batch) bool {
 	if b.file != "" {
 		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
 	}
-	tell(q.unstored)
+	notify(q.unstored)
 	return true
 }
 
-// tellLoss logs what was dropped to make room: once a minute, or when an outage is over.
-func (q *queue) tellLoss(over bool) {
+// logLoss logs what was dropped to make room: once a minute, or when an outage is over.
+func (q *queue) logLoss(over bool) {
 	now, lost := time.Now(), q.loss
-	if lost.metrics == 0 || !over && now.Sub(lost.told) < time.Minute {
+	if lost.metrics == 0 || !over && now.Sub(lost.logged) < time.Minute {
 		return
 	}
 	q.log.Error("no room for more metrics, dropping the oldest", "metrics", lost.metrics,
 		"from", inUTC(lost.from), "until", inUTC(lost.until), "limit", units.BytesSize(float64(q.limit)))
-	q.loss = loss{told: now}
+	q.loss = loss{logged: now}
 }
 
 // next waits for the batch whose turn it is: the first fresh one, or else the first late one; or
@@ -248,7 +248,7 @@ func (q *queue) drop(b *batch, metrics int) {
 	b.count -= metrics
 }
 
-// forget takes b off the queue, whose file is of no use and was dealt with.
+// forget takes b off the queue; its file was set aside.
 func (q *queue) forget(b *batch) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -267,7 +267,7 @@ func (q *queue) done(b *batch, start time.Time) (over bool) {
 		q.figures.sent += uint64(b.count)
 	}
 	if late > 0 && q.late == 0 {
-		q.tellLoss(true)
+		q.logLoss(true)
 	}
 	q.log.Debug("delivered", "metrics", b.count, "took", took.Round(time.Millisecond), q.state())
 	return q.late == 0
@@ -307,7 +307,7 @@ func (q *queue) hasFresh() bool {
 	return slices.ContainsFunc(q.batches[q.late:], func(b *batch) bool { return b != q.inFlight })
 }
 
-// hangs reports whether delivery is busy with one request for much longer than any may take.
+// hangs reports whether a request takes much longer than any may.
 func (q *queue) hangs() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()

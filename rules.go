@@ -12,7 +12,7 @@ import (
 	"unicode"
 )
 
-// quoting shows how to get a rule unharmed through a shell or systemd, as the README does.
+// quoting shows how to get a rule unharmed through a shell or systemd, as docs/names.md does.
 // Each form was tried.
 const quoting = `put the whole of it in single quotes; ` +
 	`in a shell: --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
@@ -61,7 +61,7 @@ func openRules(text string) (ruleSource, error) {
 	if path, ok := strings.CutPrefix(text, "@"); ok {
 		body, err := readText(path)
 		if err != nil {
-			err = fmt.Errorf("%w: @ and the path of a file that can be read is wanted", err)
+			err = fmt.Errorf("%w: give @ and the path of a readable file", err)
 		}
 		return ruleSource{body, path}, err
 	}
@@ -89,7 +89,7 @@ func (s ruleSource) split() (list []json.RawMessage, isList bool, err error) {
 		}
 		return list, true, nil
 	}
-	const wrong = "a JSON %s where an object or a list is wanted; %s"
+	const wrong = "a JSON %s instead of an object or a list; %s"
 	return nil, false, fmt.Errorf(wrong, kindOf(all), form)
 }
 
@@ -114,7 +114,7 @@ func (s ruleSource) at(offset int) string {
 // remedy says how to keep backslashes.
 func (s ruleSource) remedy() string {
 	if s.file == "" {
-		return "systemd or a shell took it out, or it was never there; " + quoting
+		return "systemd or a shell removed it, or it was never there; " + quoting
 	}
 	return "in JSON, write each of them twice"
 }
@@ -130,7 +130,7 @@ func (s ruleSource) explain(err error) error {
 		return errors.New("empty; " + form)
 	case s.file == "" && unquoted:
 		return fmt.Errorf("it arrived without its double quotes, as %s: "+
-			"systemd or a shell took them out; %s", oneLine(s.text), quoting)
+			"systemd or a shell removed them; %s", oneLine(s.text), quoting)
 	case strings.Contains(err.Error(), "in string escape code"):
 		return fmt.Errorf(`there is a single backslash before %s, `+
 			`and the \. of a regexp is \\. in JSON: %s`, at, s.remedy())
@@ -147,7 +147,7 @@ var ruleKeys = []string{"regexp", "into", "from", "category", "drop"}
 // parseRule reads one rule.
 func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	if raw[0] != '{' {
-		return r, fmt.Errorf("a JSON %s where an object is wanted; %s", kindOf(raw), form)
+		return r, fmt.Errorf("a JSON %s instead of an object; %s", kindOf(raw), form)
 	}
 	r.from = "name"
 	var (
@@ -195,7 +195,7 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 // stringOf reads the string that is the value of a key.
 func (s ruleSource) stringOf(key string, value json.RawMessage) (text string, err error) {
 	if kindOf(value) != "string" {
-		const wrong = "%q is a JSON %s where a string is wanted; %s"
+		const wrong = "%q is a JSON %s instead of a string; %s"
 		return "", fmt.Errorf(wrong, key, kindOf(value), form)
 	}
 	if err := json.Unmarshal(value, &text); err != nil {
@@ -212,7 +212,7 @@ func (s ruleSource) stringOf(key string, value json.RawMessage) (text string, er
 // boolOf reads the boolean that is the value of a key.
 func boolOf(key string, value json.RawMessage) (bool, error) {
 	if kindOf(value) != "boolean" {
-		return false, fmt.Errorf("%q is a JSON %s where true or false is wanted", key, kindOf(value))
+		return false, fmt.Errorf("%q is a JSON %s instead of true or false", key, kindOf(value))
 	}
 	return value[0] == 't', nil
 }
@@ -251,9 +251,9 @@ func checkFrom(r *rule) error {
 		return nil
 	case isLabel || r.from == "label":
 		return errors.New(`"from" names no label: ` +
-			`want "label:" and its key, such as "label:com.docker.compose.project"`)
+			`write "label:" and its key, such as "label:com.docker.compose.project"`)
 	}
-	const wrong = `"from" is %q; want "name", "image", "id", or "label:" and a label's key`
+	const wrong = `"from" is %q; write "name", "image", "id", or "label:" and a label's key`
 	return fmt.Errorf(wrong, r.from)
 }
 
@@ -262,9 +262,9 @@ func checkUse(rs rules, r rule, last bool) error {
 	switch {
 	case r.drop && (r.rename || r.category != ""):
 		return errors.New(`"drop" leaves the container out altogether, ` +
-			`so "into" and "category" do nothing beside it; leave them out`)
+			`so "into" and "category" have no effect; leave them out`)
 	case last && !r.drop && !r.rename && r.category == "":
-		return errors.New(`it does nothing, and no rule follows that it could keep from a container; ` +
+		return errors.New(`it has no effect, as it only keeps later rules from a container; ` +
 			`give it an "into", a "category" or a "drop", or leave it out`)
 	}
 	for i, before := range rs {

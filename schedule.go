@@ -75,14 +75,14 @@ func poll(ctx context.Context, current func() schedule, sweep func(context.Conte
 		switch {
 		case took >= s.every:
 			if slow.IsZero() {
-				log.Warn("the sweep took longer than the poll interval, so polls were skipped; "+
-					"a longer --poll avoids that",
+				log.Warn("a poll took longer than --poll, skipping polls: "+
+					"make --poll longer",
 					"took", took.Round(time.Millisecond), "poll", s.every, "skipped", s.missed(tick, took))
 			}
 			slow = time.Now()
 		case !slow.IsZero() && time.Since(slow) > max(slowFor, 2*s.every):
 			slow = time.Time{}
-			log.Info("sweeps are in time again")
+			log.Info("polls are in time again")
 		}
 		now := time.Now()
 		tick = s.next(tick, now)

@@ -17,8 +17,8 @@ import (
 	"github.com/gofrs/flock"
 )
 
-// spool keeps batches in files, one each, in a folder of its own. Their names tell when and how
-// many, so that a start needs to read none of them:
+// spool keeps batches in files, one each, in a folder of its own. Their names have time and count,
+// so that a start needs to read none of them:
 //
 //	20261123T105436Z-0000000042-4000.json.gz
 //
@@ -32,7 +32,7 @@ type spool struct {
 	folder  fs.FileInfo  // as it was when it became ours first, nil before
 	counter uint64       // the highest in a name so far
 	// What was logged already
-	foreign  bool   // that there are files of others
+	foreign  bool   // that there are foreign files
 	goneSaid bool   // that a file has gone
 	failed   bool   // that the folder does not work
 	bad      []file // set aside, oldest first
@@ -74,13 +74,13 @@ func spoolTrouble(dir string) string {
 	case err != nil:
 		return ""
 	case !isOwn(info):
-		return "this folder belongs to another user: name one of its own, or chown it"
+		return "this folder belongs to another user: choose another one, or chown it"
 	case runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0:
-		return fmt.Sprintf("others than its owner may write to this folder (its mode is %#o): "+
-			"name one of its own, or chmod go-w it", info.Mode().Perm())
+		return fmt.Sprintf("other users may write to this folder (mode %#o): "+
+			"choose another one, or chmod go-w it", info.Mode().Perm())
 	}
 	if !isLock(filepath.Join(dir, lockName)) {
-		return fmt.Sprintf("%q in this folder is not a file of ours: name a folder of its own", lockName)
+		return fmt.Sprintf("%q in this folder is not from this program: choose a folder of its own", lockName)
 	}
 	return ""
 }
@@ -106,8 +106,8 @@ var (
 	errSpoolUnfit = errors.New("not fit for a spool")
 )
 
-// isForGood tells whether err, from open, is for the operator to mend, and does not pass.
-func isForGood(err error) bool {
+// isPermanent reports whether retrying open is pointless after err.
+func isPermanent(err error) bool {
 	for _, lasting := range []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist,
 		syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG} {
 		if errors.Is(err, lasting) {
@@ -134,8 +134,8 @@ func (s *spool) open(known map[string]bool) ([]*batch, error) {
 		return nil, err
 	}
 	if s.folder != nil && !os.SameFile(folder, s.folder) && !s.hasAny(known) {
-		return nil, errors.New("another folder than before: is its disk mounted? " +
-			"To have this one used, restart")
+		return nil, errors.New("this folder is another one than before: is its disk mounted? " +
+			"Restart to use this one")
 	}
 	if trouble := spoolTrouble(s.dir); trouble != "" {
 		return nil, fmt.Errorf("%w: %s: %s", errSpoolUnfit, s.dir, trouble)
@@ -162,7 +162,7 @@ func (s *spool) open(known map[string]bool) ([]*batch, error) {
 	return s.load(entries, known), nil
 }
 
-// hasAny tells whether there is any file of these names.
+// hasAny reports whether there is any file of these names.
 func (s *spool) hasAny(names map[string]bool) bool {
 	for name := range names {
 		if info, err := os.Lstat(filepath.Join(s.dir, name)); err == nil && info.Mode().IsRegular() {
@@ -208,15 +208,15 @@ func (s *spool) load(entries []fs.DirEntry, known map[string]bool) []*batch {
 		metrics, _ := strconv.Atoi(parts[3])
 		at, err := time.Parse(spoolTime, parts[1])
 		if err != nil || !entry.Type().IsRegular() {
-			s.setAside(file{name, size}, metrics, errors.New("not a file of ours"))
+			s.setAside(file{name, size}, metrics, errors.New("not from this program"))
 			continue
 		}
 		batches = append(batches, &batch{file: name, size: size, count: metrics, oldest: at.Unix()})
 	}
 	if len(foreign) > 0 && !s.foreign {
 		s.foreign = true
-		s.log.Warn("the spool folder has files of others, which are left alone",
-			"files", len(foreign), "such_as", foreign[0])
+		s.log.Warn("foreign files in the spool folder, ignoring them",
+			"files", len(foreign), "example", foreign[0])
 	}
 	return batches
 }
@@ -243,7 +243,7 @@ func makeFolder(dir string) error {
 
 func (s *spool) isOpen() bool { return s.lock != nil }
 
-// check tells whether the folder is open, is there still, and still ours. Else the error says why.
+// check returns nil if the folder is open, still there and still ours, else why not.
 func (s *spool) check() error {
 	if !s.isOpen() {
 		return errors.New("closed")
@@ -253,7 +253,7 @@ func (s *spool) check() error {
 		return err
 	}
 	if ours, err := s.lock.Stat(); err != nil || !os.SameFile(there, ours) {
-		return errors.New("somebody has replaced the folder, or the file " + lockName + " in it")
+		return errors.New("the folder, or the file " + lockName + " in it, was replaced")
 	}
 	return nil
 }
@@ -307,7 +307,7 @@ func (s *spool) read(name string) (body []byte, err error) {
 	case err != nil:
 		return nil, err
 	case !info.Mode().IsRegular() || info.Size() > maxBody:
-		return nil, &spoiltError{errors.New("not a file of ours")}
+		return nil, &spoiltError{errors.New("not from this program")}
 	}
 	packed, err := os.ReadFile(path)
 	if err != nil {
@@ -367,13 +367,13 @@ func (s *spool) tidy() {
 func (s *spool) setAside(f file, metrics int, why error) {
 	if errors.Is(why, fs.ErrNotExist) {
 		if !s.goneSaid {
-			s.log.Error("a file has gone from the spool, and its metrics with it",
+			s.log.Error("a spooled file is gone, and its metrics with it",
 				"file", f.name, "metrics", metrics)
 		}
 		s.goneSaid = true
 		return
 	}
-	s.log.Error("a spooled file cannot be used; it is set aside",
+	s.log.Error("cannot use a spooled file, setting it aside",
 		"file", f.name+badSuffix, "metrics", metrics, "error", errorText(why))
 	old := filepath.Join(s.dir, f.name)
 	f.name += badSuffix
@@ -418,18 +418,18 @@ func (s *spool) makeRoom(held, limit int64) {
 func (s *spool) fail(err error) {
 	if s.isOpen() {
 		s.close()
-		s.tell(err)
+		s.report(err)
 	}
 }
 
-// tell logs when the spool ceases to work, and when it works again.
-func (s *spool) tell(err error) {
+// report logs when the spool stops working, and when it works again.
+func (s *spool) report(err error) {
 	switch {
 	case err != nil && !s.failed:
-		s.log.Error("the spool cannot be used; metrics are kept in memory until it can",
+		s.log.Error("cannot use the spool, keeping metrics in memory",
 			"error", errorText(err))
 	case err == nil && s.failed:
-		s.log.Info("the spool can be used again")
+		s.log.Info("the spool works again")
 	}
 	s.failed = err != nil
 }

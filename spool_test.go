@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	diskTold = `level=ERROR msg="the spool cannot be used; metrics are kept in memory until it can" `
-	diskBack = `level=INFO msg="the spool can be used again"`
+	diskTold = `level=ERROR msg="cannot use the spool, keeping metrics in memory" `
+	diskBack = `level=INFO msg="the spool works again"`
 )
 
 // files returns the names in a folder, without the lock.
@@ -388,7 +388,7 @@ func TestSpoolSurvivesTruncation(t *testing.T) {
 		if want := []int{0, 1, 2, 6, 7, 8}; !slices.Equal(r.got, want) {
 			t.Errorf("%d bytes: arrived %v", length, r.got)
 		}
-		want := `level=ERROR msg="a spooled file cannot be used; it is set aside" file=` + names[1] +
+		want := `level=ERROR msg="cannot use a spooled file, setting it aside" file=` + names[1] +
 			`.bad metrics=3 error="not a whole gzip file: `
 		got := log.Take()
 		if strings.Count(got, "level=ERROR") != 1 || !strings.Contains(got, want) {
@@ -403,7 +403,7 @@ func TestSpoolSurvivesTruncation(t *testing.T) {
 	}
 }
 
-// Bad files and files of others stop neither the start nor the delivery of the good ones.
+// Bad files and foreign files stop neither the start nor the delivery of the good ones.
 func TestSpoolSurvivesOthersFiles(t *testing.T) {
 	dir := newDir(t)
 	q, _ := (&receiver{}).spooled(t, dir)
@@ -457,8 +457,8 @@ func TestSpoolSurvivesOthersFiles(t *testing.T) {
 	if left := files(t, dir); !slices.Equal(left, others) {
 		t.Errorf("left\n%q, want\n%q", left, others)
 	}
-	want := `level=WARN msg="the spool folder has files of others, which are left alone" ` +
-		`files=2 such_as=lost+found`
+	want := `level=WARN msg="foreign files in the spool folder, ignoring them" ` +
+		`files=2 example=lost+found`
 	if !strings.Contains(lines, want) {
 		t.Errorf("logged\n%s", lines)
 	}
@@ -491,7 +491,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 	if !slices.Equal(r.got, []int{0, 3}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	gone := `level=ERROR msg="a file has gone from the spool, and its metrics with it" `
+	gone := `level=ERROR msg="a spooled file is gone, and its metrics with it" `
 	if got := log.Take(); strings.Count(got, gone) != 1 {
 		t.Errorf("logged\n%s", got)
 	}
@@ -524,7 +524,7 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 			}
 			time.Sleep(time.Minute)
 		}
-		if got := log.Take(); strings.Count(got, "it is set aside") != unreadable {
+		if got := log.Take(); strings.Count(got, "setting it aside") != unreadable {
 			t.Errorf("logged after %s\n%s", time.Since(begin), got)
 		}
 		q.close()
@@ -730,7 +730,7 @@ func TestSpoolSurvivesAnAbsenceOfItsFolder(t *testing.T) {
 	if slices.Sort(r.got); !slices.Equal(r.got, []int{0, 1, 2, 3, 4}) {
 		t.Errorf("arrived %v", r.got)
 	}
-	if got := log.Take(); !strings.Contains(got, `msg="the spool can be used again"`) ||
+	if got := log.Take(); !strings.Contains(got, `msg="the spool works again"`) ||
 		strings.Contains(got, "ERROR") {
 		t.Errorf("logged\n%s", got)
 	}
@@ -926,7 +926,7 @@ func TestSpoolLeavesAForeignLockAlone(t *testing.T) {
 		s := &spool{dir: dir, log: (&harness.Log{}).Logger()}
 		_, err := s.open(nil)
 		s.close()
-		if (err == nil) != isOurs || err != nil && !isForGood(err) {
+		if (err == nil) != isOurs || err != nil && !isPermanent(err) {
 			t.Errorf("with %.20q there: %v", content, err)
 		}
 		if got := harness.ReadFile(t, path); !isOurs && got != content {

@@ -18,7 +18,7 @@ type store struct {
 }
 
 // newStore keeps what is in q in s, if s is not nil, and queues what an earlier run left there. A
-// folder that is unfit for good is an error; one that does not work now may do so later, which is
+// folder that will never do is an error; one that does not work now may do so later, which is
 // logged.
 func newStore(q *queue, s *spool) (*store, error) {
 	st := &store{queue: q, spool: s}
@@ -32,14 +32,14 @@ func newStore(q *queue, s *spool) (*store, error) {
 		defer st.mu.Unlock()
 		err := st.open()
 		st.useDisk(s.isOpen(), err == nil)
-		if !isForGood(err) {
-			s.tell(err)
+		if !isPermanent(err) {
+			s.report(err)
 		}
 		opened <- err
 	}()
 	select {
 	case err := <-opened:
-		if isForGood(err) {
+		if isPermanent(err) {
 			return nil, err
 		}
 	case <-time.After(storeWait):
@@ -97,7 +97,7 @@ func (st *store) update() {
 		}
 	}
 	if tried {
-		st.spool.tell(err)
+		st.spool.report(err)
 	}
 	st.useDisk(st.spool.isOpen(), err == nil)
 }
@@ -130,7 +130,7 @@ func (st *store) load(b *batch) ([]byte, error) {
 	return nil, err
 }
 
-// setAside keeps metrics that are refused for good in a file of the spool. It returns the file's
+// setAside keeps refused metrics in a file of the spool. It returns the file's
 // name, "" if there is none.
 func (st *store) setAside(body []byte, oldest int64) (name string) {
 	if st.spool == nil {
@@ -191,16 +191,16 @@ func (st *store) putFound(found []*batch) {
 	q.log.Info("metrics of an earlier run wait in the spool",
 		"metrics", all-before, "batches", len(found), "since", inUTC(found[0].oldest))
 	q.bound()
-	tell(q.changed)
+	notify(q.changed)
 }
 
-// useDisk tells the queue whether the spool's files can be read, and whether it takes more.
+// useDisk sets whether the spool's files can be read, and whether it takes more.
 func (st *store) useDisk(readable, writable bool) {
 	q := st.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.disk.used, q.disk.readable, q.disk.writable = true, readable, writable
-	tell(q.changed)
+	notify(q.changed)
 }
 
 // takeLitter returns the files that are to be removed.
@@ -248,7 +248,7 @@ func (st *store) hasStored(b *batch, f file, count int) {
 	if b != q.inFlight && b.count == count {
 		b.packed = nil
 	}
-	tell(q.changed)
+	notify(q.changed)
 }
 
 // hasAll reports whether everything in the queue has a file.
@@ -264,7 +264,7 @@ func (st *store) left() (inFiles, pending, inMemory int) {
 	q := st.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.tellLoss(true)
+	q.logLoss(true)
 	for _, b := range q.batches {
 		if b.file == "" {
 			inMemory += b.count

@@ -8,7 +8,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 )
 
-// service tells systemd, if it has started this process, that the process is ready and alive, and
+// service reports to systemd, if that has started this process, that it is ready and alive, and
 // sets the status line of systemctl status. It has no timer of its own: a timer would wake the
 // process up between sweeps.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
@@ -27,7 +27,7 @@ type service struct {
 // WatchdogSec= in the unit, it asks for a longer timeout.
 func newService(poll time.Duration, q *queue) *service {
 	s := &service{queue: q, swept: "no sweep yet", send: func(state string) {
-		_, _ = daemon.SdNotify(false, state) // no one else can be told
+		_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
 	}}
 	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
 		if s.watchdog = max(timeout, 3*poll); s.watchdog > timeout {

@@ -135,7 +135,7 @@ func theirs(err error) string {
 const mask = "xxxxx"
 
 // minSecret is the length of the shortest secret that is masked, in bytes: a password of three
-// letters would mask a part of many words, and tell itself by that. With its user before it, or in
+// letters would mask a part of many words, and so show itself. With its user before it, or in
 // Base64, it is longer.
 const minSecret = 4
 
