@@ -41,8 +41,13 @@ type delivery struct {
 	good   []byte // the last metric that was accepted, nil if none is known
 	newest bool   // whether the newest batch goes first: nothing of an older one was accepted
 	lost   int    // metrics that were refused, or could not be read
-	worked bool   // whether anything was delivered
 	outage outage
+	past   past
+}
+
+// past is what delivery remembers from one outage to the next.
+type past struct {
+	worked bool      // whether anything was delivered
 	lines  int       // troubles that were logged at once
 	failed time.Time // when a request last failed
 	logged time.Time // when that was last logged
@@ -285,27 +290,27 @@ func (d *delivery) delivered(b *batch, start time.Time) {
 	case o.over != "" && o.delivered > 0:
 		lasted := time.Since(time.Unix(o.oldest, 0)).Round(time.Second)
 		d.log.Info(o.over, "metrics", o.delivered, "last", lasted)
-	case !d.worked && d.to.remote:
+	case !d.past.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	d.worked, d.outage = true, outage{}
+	d.past.worked, d.outage = true, outage{}
 }
 
 // logTrouble logs why metrics have to wait, and what waits: once in an outage, and again each hour.
 func (d *delivery) logTrouble(err error) {
-	text, o, now := errorText(err), &d.outage, time.Now()
-	if now.Sub(d.failed) >= repeatAfter {
-		d.lines = 0
+	text, o, past, now := errorText(err), &d.outage, &d.past, time.Now()
+	if now.Sub(past.failed) >= repeatAfter {
+		past.lines = 0
 	}
-	d.failed = now
-	isNew := !slices.Contains(o.logged, text) && d.lines < maxLogged
+	past.failed = now
+	isNew := !slices.Contains(o.logged, text) && past.lines < maxLogged
 	switch {
 	case isNew:
-		d.lines++
-	case now.Sub(d.logged) < repeatAfter:
+		past.lines++
+	case now.Sub(past.logged) < repeatAfter:
 		return
 	}
-	d.logged, o.logged = now, append(o.logged, text)
+	past.logged, o.logged = now, append(o.logged, text)
 	o.over = d.to.name + " reachable again, kept metrics are delivered"
 	metrics, bytes, since, _ := d.queue.backlog()
 	d.log.Error(d.to.name+" "+failing(err),

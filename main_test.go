@@ -171,7 +171,7 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	}
 }
 
-// Whoever looks a line of the log up finds it. Those of --verbose, and of a life without trouble,
+// A reader finds each line of the log in the documents. Those of --verbose, and of a life without trouble,
 // need no explanation.
 func TestMessagesAreDocumented(t *testing.T) {
 	sources, err := filepath.Glob("*.go")

@@ -321,8 +321,8 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	return text, from, err
 }
 
-// warnOfVariables logs variables that have no effect: one with a typing mistake in its name, and the
-// one that the last version of 2015 read.
+// warnOfVariables logs variables that have no effect: those with a typing mistake in their name,
+// and that of the last version of 2015.
 func (o *options) warnOfVariables(log *slog.Logger) {
 	if os.Getenv("SRV_RULES") != "" && o.rules == nil {
 		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")

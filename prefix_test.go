@@ -215,8 +215,8 @@ func TestRuleRefusals(t *testing.T) {
 		{`{"regexp":"a","category":"total"}`, `^the category "total" is taken`},
 		{`{"regexp":"a","category":"count"}`, `^no category can be called "count": Carbon aggregates`},
 		// Without effect
-		{`{"regexp":"a"}`, `^it has no effect, as it only keeps later rules from a ` +
-			`container; give it an "into", a "category" or a "drop", or leave it out$`},
+		{`{"regexp":"a"}`, `^it has no effect, as no rule follows it; ` +
+			`give it an "into", a "category" or a "drop", or leave it out$`},
 		{`[{"regexp":"a","into":"b"},{"regexp":"a","drop":false}]`, `^rule 2: it has no effect`},
 		{`{"regexp":"a","drop":true,"category":"b"}`,
 			`^"drop" leaves the container out altogether, so "into" and "category" have no effect; ` +
@@ -265,8 +265,8 @@ func TestRuleRefusals(t *testing.T) {
 			`^"regexp" has a single backslash, which JSON takes for a control character, in .*: systemd ` +
 				`or a shell removed it, or it was never there; put the whole of it in single quotes; `},
 		// the last of a bash's brace expansion
-		{`into:.`, `^it arrived without its double quotes, as into:\.: systemd or a shell took them ` +
-			`out; `},
+		{`into:.`, `^it arrived without its double quotes, as into:\.: systemd or a shell removed them` +
+			`; `},
 		{`--backstop=https://user:secret@h/publish/docker`,
 			`^not a rule, and "?\(not shown, as it may hold a password\)"?; the form is `},
 		{`{"regexp":"(.*)\..*","into":"$1"}`,

@@ -264,7 +264,7 @@ func checkUse(rs rules, r rule, last bool) error {
 		return errors.New(`"drop" leaves the container out altogether, ` +
 			`so "into" and "category" have no effect; leave them out`)
 	case last && !r.drop && !r.rename && r.category == "":
-		return errors.New(`it has no effect, as it only keeps later rules from a container; ` +
+		return errors.New(`it has no effect, as no rule follows it; ` +
 			`give it an "into", a "category" or a "drop", or leave it out`)
 	}
 	for i, before := range rs {

@@ -80,7 +80,8 @@ func spoolTrouble(dir string) string {
 			"choose another one, or chmod go-w it", info.Mode().Perm())
 	}
 	if !isLock(filepath.Join(dir, lockName)) {
-		return fmt.Sprintf("%q in this folder is not from this program: choose a folder of its own", lockName)
+		return fmt.Sprintf("%q in this folder is not from this program: "+
+			"choose a folder of its own", lockName)
 	}
 	return ""
 }
