@@ -171,8 +171,8 @@ func TestReadmeHasTheOptionsOfHelp(t *testing.T) {
 	}
 }
 
-// A reader finds each line of the log in the documents. Those of --verbose, and of a life without trouble,
-// need no explanation.
+// A reader finds each line of the log in the documents, but those of --verbose and those of a life
+// without trouble.
 func TestMessagesAreDocumented(t *testing.T) {
 	sources, err := filepath.Glob("*.go")
 	if err != nil {
