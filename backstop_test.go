@@ -352,7 +352,7 @@ func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 
 // The rest is about Carbon.
 
-// fakeCarbon reads what Carbon reads, or fails as it is told.
+// fakeCarbon reads what Carbon reads, or fails as it is set to.
 type fakeCarbon struct {
 	listener *net.TCPListener
 
@@ -680,7 +680,7 @@ func TestCarbonEndsTooEarly(t *testing.T) {
 // The limit is for the time without progress, not for all.
 func TestCarbonIsSlow(t *testing.T) {
 	if runtime.GOOS != "linux" {
-		t.Skip("only Linux tells how many bytes are not acknowledged")
+		t.Skip("only Linux knows how many bytes are not acknowledged")
 	}
 	c := mustCarbon(t, "carbon://127.0.0.1")
 	c.stall = 300 * time.Millisecond
@@ -921,7 +921,7 @@ func TestCarbonStartsWithWhatWasPending(t *testing.T) {
 	}
 }
 
-// What is pending may be dropped for want of room; nothing else suffers by it.
+// What is pending may be dropped when there is no room; nothing else is lost.
 func TestCarbonPendingIsBounded(t *testing.T) {
 	f := newFakeCarbon(t)
 	r, _, _ := carbonRig(t, f, "", 500*time.Millisecond)

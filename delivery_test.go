@@ -36,7 +36,7 @@ func points(from, n int) []metric {
 	return metrics
 }
 
-// receiver stands in for Backstop. It keeps the values it gets, and fails as a test tells it.
+// receiver stands in for Backstop. It keeps the values it gets, and fails as a test wants.
 type receiver struct {
 	fail func(attempt int, values []int) error
 

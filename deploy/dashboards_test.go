@@ -612,7 +612,7 @@ func TestAlertsKeepToTheContract(t *testing.T) {
 	}
 }
 
-// Whoever comes from another tool is told of metrics that there are.
+// A user of another tool is led to metrics that exist.
 func TestMigrationNamesMetrics(t *testing.T) {
 	metrics := contracts(t)
 	named := harness.AllOf("`(<[ch]>\\.[^`]+)`", harness.ReadFile(t, "docs/migration.md"))

@@ -318,7 +318,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 		t.Errorf("by its container's id:\n%s", text)
 	}
 
-	// It ends when it is told to, and what could not be delivered is in the volume, for the next one.
+	// It stops at SIGTERM, and what could not be delivered is in the volume, for the next one.
 	s.Set("", harness.AnswerWith(500, ""))
 	command(t, e, "docker restart --time 15 "+container)
 	harness.AwaitText(t, logs, "Backstop fails, keeping metrics", 1)

@@ -120,7 +120,7 @@ func TestSystemdTakesTheUnits(t *testing.T) {
 		}
 		verify := exec.Command("systemd-analyze", "verify", file)
 		verify.Env = append(os.Environ(), fmt.Sprintf("SYSTEMD_UNIT_PATH=%s:", dir))
-		// What it says of other units, those of this machine, is not ours to mend.
+		// What it says of other units, those of this machine, is not our business.
 		out, err := verify.CombinedOutput()
 		if err != nil || strings.Contains(string(out), harness.Program) {
 			t.Errorf("%s: %v\n%s", name, err, out)
