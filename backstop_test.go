@@ -767,6 +767,7 @@ func TestCarbonPending(t *testing.T) {
 
 // What is pending when Carbon ends, in order or not, is sent again, and nothing else is.
 func TestCarbonIsSentAgain(t *testing.T) {
+	t.Parallel()
 	for _, dir := range []string{"", t.TempDir()} {
 		f := newFakeCarbon(t)
 		r, c, log := carbonRig(t, f, dir, 0)
@@ -862,6 +863,7 @@ func TestCarbonReplacesTheWitness(t *testing.T) {
 // At the end, what the spool has is not waited for, unless somebody wants to know. What is in
 // memory only is waited for, as long as there is time.
 func TestCarbonEnds(t *testing.T) {
+	t.Parallel()
 	const soon = 300 * time.Millisecond
 	for _, test := range []struct {
 		why     string

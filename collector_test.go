@@ -903,6 +903,7 @@ func TestNamesThatAreNone(t *testing.T) {
 
 // Nothing is sent under the name of a host that is not known yet.
 func TestHostThatIsNotKnownYet(t *testing.T) {
+	t.Parallel()
 	own, _ := os.Hostname()
 	rule := `{"regexp":"^(.*)$","from":"label:x","into":"${host}.$1"}`
 	for _, test := range []struct {

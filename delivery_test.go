@@ -574,6 +574,7 @@ func TestStoreIsOvertaken(t *testing.T) {
 
 // Polls, deliveries and the end of the daemon do not wait for a disk that hangs.
 func TestStoreThatHangs(t *testing.T) {
+	t.Parallel()
 	r := &receiver{}
 	q, _ := r.spooled(t, newDir(t))
 	q.put(points(0, 1)) // it is on the disk
@@ -1513,6 +1514,7 @@ func (c *ticking) stats(r *harness.Replay, container, file string) http.HandlerF
 // A daemon killed at any moment loses at most the sweep in progress. A later run delivers all
 // others.
 func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
+	t.Parallel()
 	binary, err := exec.LookPath(program) // see testscript.Main
 	harness.Must(t, err)
 	engine, clock := harness.NewReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
@@ -1598,6 +1600,7 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 
 // While each fsync takes half a minute, the daemon polls and delivers, and it ends in time.
 func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
+	t.Parallel()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		harness.Cannot(t, "strace makes the disk slow: %v", err)
@@ -1631,6 +1634,7 @@ func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 
 // --spool-limit bounds the memory of the process, not only the metrics that it keeps.
 func TestMemoryIsBounded(t *testing.T) {
+	t.Parallel()
 	s := harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))
 	// Not the one in PATH: with the race detector, a program needs many times as much.

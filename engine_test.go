@@ -204,6 +204,7 @@ func TestOneShotWhereTheEngineHasIt(t *testing.T) {
 }
 
 func TestEngineErrorsAreOfTheirKind(t *testing.T) {
+	t.Parallel()
 	r := harness.NewReplay(t, "cgroup2")
 	e, err := newEngine(r.URL, 5*time.Second)
 	if err != nil {

@@ -1172,6 +1172,7 @@ func (f *fed) arrives(t *testing.T, c *carbonCache) {
 
 // Everything that is sampled is in Whisper's files in the end, whatever ends meanwhile.
 func TestLiveCarbon(t *testing.T) {
+	t.Parallel()
 	now := time.Now().Unix()
 	// lives ends a server again and again at random moments, while there are sweeps.
 	lives := func(t *testing.T, f *fed, n int, s interface {

@@ -52,6 +52,7 @@ func TestMain(m *testing.M) {
 //	[!] received REGEXP [N]        N lines, by default 1, were written to Carbon, $CARBON
 //	awaits FILE REGEXP             the file has, or will have, a line that matches
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	type host struct {
 		engine   *harness.Replay
 		backstop *harness.StandIn
@@ -708,6 +709,7 @@ func TestFilesAreNotShown(t *testing.T) {
 
 // Of what others send, a line of the log has 200 bytes, and is made at once.
 func TestLogIsBounded(t *testing.T) {
+	t.Parallel()
 	huge := strings.Repeat("\x00x", 1<<20)
 	for place, answer := range repetitions {
 		address := hostile(t, func(string) string { return fmt.Sprintf(answer, huge) })
