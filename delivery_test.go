@@ -1643,8 +1643,12 @@ func TestMemoryIsBounded(t *testing.T) {
 		t.Fatalf("%v %s", err, out)
 	}
 	const limit = 24 // MiB
+	engine := harness.NewReplay(t, "cgroup2")
+	engine.On("/containers/fx-idle/stats", func(w http.ResponseWriter, _ *http.Request) {
+		w.Write(randomNetworks(2000)) // a batch is as large as its points are random
+	})
 	daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker", "--poll=50ms",
-		"--docker="+harness.Crowd(t, 200, 0), fmt.Sprintf("--spool-limit=%dMiB", limit))
+		"--docker="+engine.URL, "--per=interface", fmt.Sprintf("--spool-limit=%dMiB", limit))
 	errs, err := daemon.StderrPipe()
 	harness.Must(t, err)
 	harness.Must(t, daemon.Start())
@@ -1663,4 +1667,17 @@ func TestMemoryIsBounded(t *testing.T) {
 	if kB>>10 > limit+30 {
 		t.Errorf("the process takes %d MiB with a limit of %d MiB", kB>>10, limit)
 	}
+}
+
+// randomNetworks returns an engine's answer for a container with so many interfaces.
+func randomNetworks(interfaces int) []byte {
+	answer := []byte(`{"read":"` + time.Now().UTC().Format(time.RFC3339Nano) + `","networks":{`)
+	for i := range interfaces {
+		if i > 0 {
+			answer = append(answer, ',')
+		}
+		answer = fmt.Appendf(answer,
+			`"eth%d":{"rx_bytes":%d,"rx_packets":%d,"tx_bytes":%d,"tx_packets":%d}`, i, rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15))
+	}
+	return append(answer, "}}"...)
 }
