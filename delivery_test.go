@@ -1677,7 +1677,8 @@ func randomNetworks(interfaces int) []byte {
 			answer = append(answer, ',')
 		}
 		answer = fmt.Appendf(answer,
-			`"eth%d":{"rx_bytes":%d,"rx_packets":%d,"tx_bytes":%d,"tx_packets":%d}`, i, rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15))
+			`"eth%d":{"rx_bytes":%d,"rx_packets":%d,"tx_bytes":%d,"tx_packets":%d}`,
+			i, rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15))
 	}
 	return append(answer, "}}"...)
 }
