@@ -43,7 +43,7 @@ type about struct {
 }
 
 // infoCall asks an engine about itself, beside everything else: it is the call that hangs most
-// often, for the sake of some plugin.
+// often, because of a plugin.
 type infoCall struct {
 	done chan struct{} // closed when the rest is there
 	info info
@@ -178,15 +178,14 @@ func (c *collector) hear(within time.Duration) {
 	}
 	switch {
 	case isRefusal(err):
-		c.log.Warn("the Docker engine does not tell about itself: this machine's name is used "+
-			"where it has not told its own; --host sets that", "host", c.hostName(), "error", text)
+		c.log.Warn("Docker engine refuses /info, so this may not be its host's name; "+
+			"set it with --host", "host", c.hostName(), "error", text)
 	case err != nil && c.hostName() == "":
-		c.log.Warn("the Docker engine does not tell its name, asking again at the next poll: "+
-			"until then, no figures of the host and of containers with ${host} in their rule; "+
-			"--host sets the name", "error", text)
+		c.log.Warn("Docker engine does not answer /info, retrying at the next poll; until then "+
+			"there are no metrics of the host, and of containers with ${host} in their rule; "+
+			"or set the name with --host", "error", text)
 	case err != nil:
-		c.log.Warn("the Docker engine does not tell about itself, asking again at the next poll",
-			"error", text)
+		c.log.Warn("Docker engine does not answer /info, retrying at the next poll", "error", text)
 	}
 }
 
@@ -205,7 +204,7 @@ func (c *collector) compareClocks() {
 		skewed = "skewed"
 	}
 	if c.skew.isNew(skewed) && skewed != "" {
-		c.log.Warn("the Docker engine's clock is not ours: its containers' metrics carry its time",
+		c.log.Warn("Docker engine's clock differs from this host's, metrics have the engine's time",
 			"ahead", off.Round(time.Second))
 	}
 }

@@ -102,7 +102,7 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 		}
 	}
 	if got := log.Take(); strings.Count(got, "level=WARN") != 1 ||
-		!strings.Contains(got, `--host sets that" host=`+graphiteNode(own)+
+		!strings.Contains(got, `set it with --host" host=`+graphiteNode(own)+
 			` error="API error (403): no; the engine, or a proxy before it, forbids GET /info"`) {
 		t.Errorf("logged %s", got)
 	}
@@ -940,7 +940,7 @@ func TestHostThatIsNotKnownYet(t *testing.T) {
 					t.Errorf("there is\n%s", lines)
 				}
 			}
-			if got := log.Take(); strings.Count(got, "does not tell") > 1 {
+			if got := log.Take(); strings.Count(got, "level=WARN") > 1 {
 				t.Errorf("logged %s", got)
 			}
 			r.On("/info", nil)
@@ -977,7 +977,7 @@ func TestCrashLoop(t *testing.T) {
 	got := sweep("at first", waits, restarting, zero, "loop.restarts 57", "!loop.uptime",
 		"!loop.memory", "h.containers.total 1", "h.containers.stopped 1", "h.containers.running 0",
 		"h.metrics.sampled 1")
-	if !strings.Contains(got, `level=WARN msg="container ends and is restarted again and again" `+
+	if !strings.Contains(got, `level=WARN msg="container is in a restart loop" `+
 		`container=loop restarts=57 exit_code=1`) {
 		t.Errorf("at first it logged %s", got)
 	}

@@ -116,7 +116,7 @@ func (now *census) count(listed *listed) {
 func (cs *containers) name(known *container, listed *listed, host string, now *census) {
 	name, remark := nameOf(listed)
 	if remark != "" && remark != known.remark {
-		cs.log.Warn("container without a name of its own in the engine's list",
+		cs.log.Warn("container has no usable name in the engine's list",
 			"container", name, "reason", remark)
 	}
 	known.remark = remark
@@ -138,7 +138,7 @@ func (cs *containers) name(known *container, listed *listed, host string, now *c
 	}
 }
 
-var errNoHost = errors.New("its name has the host's in it, and the engine has not told that yet")
+var errNoHost = errors.New("its rule needs the host's name, which the engine has not sent yet")
 
 // apply gives a container the path that the rules make of who. It changes nothing else.
 func (cs *containers) apply(known *container, who subject, host string) error {
@@ -270,7 +270,7 @@ func (cs *containers) report(known *container, err error) {
 	case err == nil:
 		log.Info("container can be read again")
 	case errors.Is(err, errRestarting):
-		log.Warn("container ends and is restarted again and again",
+		log.Warn("container is in a restart loop",
 			"restarts", known.restarts.n, "exit_code", known.exitCode)
 	default:
 		log.Error("container cannot be read", "error", errorText(err))

@@ -121,11 +121,10 @@ func (es *events) report(err error) {
 	}
 	switch {
 	case isRefusal(err):
-		es.log.Warn("the Docker engine's events are refused: no figures of what happens between "+
-			"two polls", "error", text)
-	case err != nil:
-		es.log.Warn("the Docker engine does not tell its events, asking again at the next poll",
+		es.log.Warn("Docker engine refuses /events, so <host>.events metrics are missing",
 			"error", text)
+	case err != nil:
+		es.log.Warn("Docker engine does not answer /events, retrying at the next poll", "error", text)
 	}
 }
 
