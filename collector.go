@@ -233,7 +233,7 @@ func (c *collector) askAll(ctx context.Context, now *census, start time.Time) (
 	metrics = make([]metric, 0, c.size)
 	ofLate := make([][]metric, len(now.imageless)) // another container may have their path
 	errs = make([]error, len(asked))
-	from := c.origin()
+	from, at := c.origin(), c.engine.clock.at(start)
 	var mu sync.Mutex // of metrics
 	if c.engine.inTicks {
 		c.flow.inTicks()
@@ -245,12 +245,13 @@ func (c *collector) askAll(ctx context.Context, now *census, start time.Time) (
 		defer cancel()
 		b := buffers.Get().(*buffer)
 		defer b.release()
-		s := sampling{c, asked[i], from, c.engine.clock.at(start), flattener{
+		s := sampling{c, asked[i], from, at, flattener{
 			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
 		}}
-		if i < named {
-			errs[i] = s.sample(ctx, &b.body)
-		} else if errs[i] = s.name(ctx, now.imageless[i-named]); errs[i] == nil && !s.known.drop {
+		if i >= named {
+			errs[i] = s.name(ctx, now.imageless[i-named])
+		}
+		if errs[i] == nil && !s.known.drop {
 			errs[i] = s.sample(ctx, &b.body)
 		}
 		b.metrics = s.metrics

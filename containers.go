@@ -257,7 +257,8 @@ func (cs *containers) holds(known *container) bool { return cs.holders[known.pat
 // report logs what is wrong with a container, or that it is well again, if that is news. One that
 // is gone does no harm.
 func (cs *containers) report(known *container, err error) {
-	log, wasLooping := cs.log.With("container", known.name), known.news.said == errRestarting.Error()
+	log := cs.log.With("container", known.name)
+	wasLooping := known.news.said == errRestarting.Error()
 	switch {
 	case isGone(err):
 		log.Debug("container is gone", "reason", errorText(err))

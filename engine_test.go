@@ -739,7 +739,8 @@ func FuzzEngineHTTP(f *testing.F) {
 		f.Add(ping, raw, list, raw, raw)
 		f.Add(ping, info, list, stats, raw)
 	}
-	const odd = `[{"Names":["\u007f"]},{"Id":"1","Names":["/x/\u001b[31m"]},{"Id":"2","Image":"0123456789ab"}]`
+	const odd = `[{"Names":["\u007f"]},{"Id":"1","Names":["/x/\u001b[31m"]},` +
+		`{"Id":"2","Image":"0123456789ab"}]`
 	f.Add(ping, info, []byte("HTTP/1.1 200 OK\r\n\r\n"+odd), stats, inspect)
 	f.Fuzz(func(t *testing.T, ping, info, list, stats, inspect []byte) {
 		var served sync.WaitGroup

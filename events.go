@@ -124,7 +124,8 @@ func (es *events) report(err error) {
 		es.log.Warn("Docker engine refuses /events, so <host>.events metrics are missing",
 			"error", text)
 	case err != nil:
-		es.log.Warn("Docker engine does not answer /events, retrying at the next poll", "error", text)
+		es.log.Warn("Docker engine does not answer /events, retrying at the next poll",
+			"error", text)
 	}
 }
 

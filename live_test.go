@@ -300,7 +300,8 @@ func TestLiveSoak(t *testing.T) {
 	faults := new(atomic.Int64)
 	fault := func() http.HandlerFunc { // nil for none
 		fs := []http.HandlerFunc{harness.Hang, harness.AnswerWith(500, "no"),
-			harness.AnswerWith(404, "no"), harness.AnswerWith(200, "[[[["), harness.AnswerWith(503, ""),
+			harness.AnswerWith(404, "no"), harness.AnswerWith(200, "[[[["),
+			harness.AnswerWith(503, ""),
 			func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }}
 		i := rand.N(len(fs) * 10)
 		if i >= len(fs) || ctx.Err() != nil {
@@ -309,23 +310,17 @@ func TestLiveSoak(t *testing.T) {
 		faults.Add(1)
 		return fs[i]
 	}
-	proxied := harness.Between(t, e, func(
-		w http.ResponseWriter, r *http.Request, forward http.Handler,
-	) {
+	unsteady := func(w http.ResponseWriter, r *http.Request, well http.Handler) {
 		if fail := fault(); fail != nil {
-			fail(w, r)
-			return
+			well = fail
 		}
-		forward.ServeHTTP(w, r)
-	})
+		well.ServeHTTP(w, r)
+	}
+	proxied := harness.Between(t, e, unsteady)
 	s := harness.NewStandIn(t)
 	s.Patient = true
 	s.Set("", func(w http.ResponseWriter, r *http.Request) {
-		if fail := fault(); fail != nil {
-			fail(w, r)
-			return
-		}
-		harness.AnswerWith(200, "ok")(w, r)
+		unsteady(w, r, harness.AnswerWith(200, "ok"))
 	})
 	target := mustBackstop(t, s.URL+"/publish/docker")
 	target.timeout = 2 * time.Second
@@ -370,12 +365,12 @@ func TestLiveSoak(t *testing.T) {
 		t.Errorf("%d metrics still wait", left)
 	}
 	after := held(t)
-	// Up to 128 connections are kept. Each is two goroutines and a file at our end, three and two in
-	// the proxy, and it has one to the engine.
+	// Up to 128 connections are kept. Each is two goroutines and a file at our end, three and two
+	// in the proxy, and it has one to the engine.
 	if after.files > before.files+400 || after.goroutines > before.goroutines+900 ||
 		after.heap > before.heap+16<<20 {
-		t.Errorf("after %d containers in %d sweeps: %+v, before: %+v", started.Load(), sweeps, after,
-			before)
+		t.Errorf("after %d containers in %d sweeps: %+v, before: %+v",
+			started.Load(), sweeps, after, before)
 	}
 	t.Logf("%d containers came and went in %d sweeps with %d faults: %+v, before: %+v",
 		started.Load(), sweeps, faults.Load(), after, before)

@@ -104,7 +104,8 @@ func TestScripts(t *testing.T) {
 				answer := map[string]http.HandlerFunc{"hang": harness.Hang,
 					"forget": harness.AnswerWith(404, "{}")}[args[0]]
 				this(ts).engine.On(path, answer)
-				if name, isStats := strings.CutSuffix(path, "/stats"); isStats && args[0] != "hang" {
+				name, isStats := strings.CutSuffix(path, "/stats")
+				if isStats && args[0] != "hang" {
 					this(ts).engine.On(name+"/json", answer)
 				}
 			},
