@@ -12,11 +12,8 @@ import (
 )
 
 const (
-	// maxLogged is how many troubles are logged at once, until there is none for repeatAfter. It is
-	// also how many of a batch's refused metrics are logged.
+	// maxLogged is how many of a batch's refused metrics are logged.
 	maxLogged = 10
-	// repeatAfter is when trouble that goes on, or comes and goes, is logged again.
-	repeatAfter = time.Hour
 	// minRequest is how many metrics a slow receiver gets at once at least. They are 10 KB.
 	minRequest = 100
 	// probes is how often in a row a metric has to be accepted until another one is to blame for being
@@ -41,21 +38,14 @@ type delivery struct {
 	good   []byte // the last metric that was accepted, nil if none is known
 	newest bool   // whether the newest batch goes first: nothing of an older one was accepted
 	lost   int    // metrics that were refused, or could not be read
+	worked bool   // whether anything was delivered
 	outage outage
-	past   past
-}
-
-// past is what delivery remembers from one outage to the next.
-type past struct {
-	worked bool      // whether anything was delivered
-	lines  int       // troubles that were logged at once
-	failed time.Time // when a request last failed
-	logged time.Time // when that was last logged
+	news   news // of the receiver
 }
 
 // outage is a time in which metrics have to wait.
 type outage struct {
-	over      string   // what to log in the end, "" for nothing
+	earlier   bool     // whether it began before this run
 	logged    []string // the troubles that were logged
 	delivered int      // late metrics
 	oldest    int64    // their oldest time, in Unix seconds
@@ -66,9 +56,7 @@ func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 	q := st.queue
 	d := &delivery{to: to, queue: q, store: st, pending: pending{queue: q, confirm: to.confirm},
 		pace: usualPace, rest: func() {}, log: log, most: maxBatch}
-	if q.late > 0 {
-		d.outage.over = "metrics of the earlier run are delivered"
-	}
+	d.outage.earlier = q.late > 0
 	return d
 }
 
@@ -286,32 +274,34 @@ func (d *delivery) delivered(b *batch, start time.Time) {
 	if !d.queue.done(b, start) {
 		return
 	}
+	after := []any{"metrics", o.delivered,
+		"last", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
 	switch {
-	case o.over != "" && o.delivered > 0:
-		lasted := time.Since(time.Unix(o.oldest, 0)).Round(time.Second)
-		d.log.Info(o.over, "metrics", o.delivered, "last", lasted)
-	case !d.past.worked && d.to.remote:
+	case o.delivered == 0:
+	case d.news.isNew(""):
+		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
+	case o.earlier:
+		d.log.Info("metrics of the earlier run are delivered", after...)
+	case !d.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	d.past.worked, d.outage = true, outage{}
+	d.worked, d.outage = true, outage{}
 }
 
-// logTrouble logs why metrics have to wait, and what waits: once in an outage, and again each hour.
+// logTrouble logs why metrics have to wait, and what waits: each trouble once in an outage, but not
+// too many, and again each hour.
 func (d *delivery) logTrouble(err error) {
-	text, o, past, now := errorText(err), &d.outage, &d.past, time.Now()
-	if now.Sub(past.failed) >= repeatAfter {
-		past.lines = 0
-	}
-	past.failed = now
-	isNew := !slices.Contains(o.logged, text) && past.lines < maxLogged
+	text, logged := errorText(err), d.outage.logged
 	switch {
-	case isNew:
-		past.lines++
-	case now.Sub(past.logged) < repeatAfter:
+	case len(logged) == maxNews || slices.Contains(logged, text):
+		if !d.news.isOld(text) {
+			return
+		}
+	case d.news.isNew(text):
+		d.outage.logged = append(logged, text)
+	default:
 		return
 	}
-	past.logged, o.logged = now, append(o.logged, text)
-	o.over = d.to.name + " reachable again, kept metrics are delivered"
 	metrics, bytes, since, _ := d.queue.backlog()
 	d.log.Error(d.to.name+" "+failing(err),
 		"since", since, "metrics", metrics, "bytes", bytes, "error", text)

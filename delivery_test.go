@@ -668,7 +668,7 @@ func TestDeliveryIsQuiet(t *testing.T) {
 			t.Error(err)
 		}
 		lines := log.Take()
-		if strings.Count(lines, "\n") != maxLogged+1 || strings.Count(lines, "trouble 0") != 1 ||
+		if strings.Count(lines, "\n") != maxNews+1 || strings.Count(lines, "trouble 0") != 1 ||
 			strings.Count(lines, "reachable again") != 1 {
 			t.Errorf("logged\n%s", lines)
 		}
@@ -724,7 +724,7 @@ func TestDeliveryRepeatsAnOutage(t *testing.T) {
 	}{
 		{"one error", func(time.Duration) error { return errors.New("connection refused") }, 24},
 		{"many errors", func(since time.Duration) error { return fmt.Errorf("request %s", since) },
-			23 + maxLogged},
+			23 + maxNews},
 	} {
 		got := logOf(t, test.fail)
 		last := regexp.MustCompile(`msg="Backstop unreachable, keeping metrics" ` +
@@ -746,7 +746,7 @@ func TestDeliveryIsQuietAboutFlapping(t *testing.T) {
 	})
 	n := strings.Count(got, "\n")
 	last := got[strings.LastIndex(strings.TrimSpace(got), "\n")+1:]
-	if n < 2*(maxLogged+10) || n > 2*(maxLogged+12) || !strings.Contains(last, "reachable again") {
+	if n < 12*maxNews || n > 13*maxNews+1 || !strings.Contains(last, "reachable again") {
 		t.Errorf("%d lines, logged\n%s", n, got)
 	}
 	// After an hour without trouble an outage is logged at once, and so is its end.

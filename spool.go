@@ -34,7 +34,7 @@ type spool struct {
 	// What was logged already
 	foreign  bool   // that there are foreign files
 	goneSaid bool   // that a file has gone
-	failed   bool   // that the folder does not work
+	news     news   // of the folder
 	bad      []file // set aside, oldest first
 	// Delivered or dropped, but perhaps still there: the folder may be away. They do not count: a
 	// disk from which nothing can be removed takes nothing either, and to drop more would free
@@ -423,14 +423,18 @@ func (s *spool) fail(err error) {
 	}
 }
 
-// report logs when the spool stops working, and when it works again.
+// report logs that the spool does not work, or works again, if that is news. Why does not count: it
+// can have another file's name in it each time.
 func (s *spool) report(err error) {
+	state := ""
+	if err != nil {
+		state = "failed"
+	}
 	switch {
-	case err != nil && !s.failed:
-		s.log.Error("cannot use the spool, keeping metrics in memory",
-			"error", errorText(err))
-	case err == nil && s.failed:
+	case !s.news.isNew(state):
+	case err != nil:
+		s.log.Error("cannot use the spool, keeping metrics in memory", "error", errorText(err))
+	default:
 		s.log.Info("the spool works again")
 	}
-	s.failed = err != nil
 }

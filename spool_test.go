@@ -850,6 +850,24 @@ func TestSpoolSurvivesALackOfDescriptors(t *testing.T) {
 	r.inOrder(t, 0, 2)
 }
 
+// A folder that comes and goes with each poll has a bounded log, whose last line is true.
+func TestSpoolIsQuietAboutFlapping(t *testing.T) {
+	r, dir := &receiver{}, newDir(t)
+	q, log := r.spooled(t, dir)
+	for i := range 50 {
+		harness.Must(t, os.Rename(dir, dir+".away"))
+		q.put(points(2*i, 1))
+		harness.Must(t, os.Rename(dir+".away", dir))
+		q.put(points(2*i+1, 1))
+	}
+	lines := log.Take()
+	if n := strings.Count(lines, "\n"); n > maxNews+1 || !strings.HasSuffix(lines, diskBack+"\n") {
+		t.Errorf("%d lines logged:\n%s", n, lines)
+	}
+	deliverAll(t, q)
+	r.inOrder(t, 0, 100)
+}
+
 // BenchmarkDrain delivers a day's backlog of 100 containers, 4,000 metrics a minute, from the spool
 // to a stand-in, or to the Backstop at $BENCH_BACKSTOP, a URL as in --backstop.
 func BenchmarkDrain(b *testing.B) {

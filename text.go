@@ -415,29 +415,41 @@ func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", tim
 // inUTC is a time, in Unix seconds, as the log has it.
 func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
 
-// maxNews is how many lines about one thing are logged in an hour.
-const maxNews = 10
+const (
+	// maxNews is how many lines about one thing are logged in an hour. The end of trouble may be one
+	// more.
+	maxNews = 10
+	// repeatAfter is when an outage that goes on is logged again.
+	repeatAfter = time.Hour
+)
 
 // news is what the log has said of one thing, such as a container. That may come and go with each
 // poll, or have another text each time.
 type news struct {
-	said  string // "" for: it is well
-	lines int    // in the hour since then
-	since time.Time
+	said  string    // "" for: it is well
+	at    time.Time // when
+	since time.Time // when the hour began
+	lines int       // in that hour
 }
 
 // isNew reports whether text is to be logged now. What is too much is so later, if it still holds.
-func (n *news) isNew(text string) bool {
-	if text == n.said {
-		return false
-	}
-	if now := time.Now(); now.Sub(n.since) > time.Hour {
+func (n *news) isNew(text string) bool { return text != n.said && n.isAllowed(text) }
+
+// isOld reports whether text is to be logged again: nothing was for a long time.
+func (n *news) isOld(text string) bool {
+	return time.Since(n.at) >= repeatAfter && n.isAllowed(text)
+}
+
+// isAllowed reports whether one more line is allowed, and takes note of it.
+func (n *news) isAllowed(text string) bool {
+	now := time.Now()
+	if now.Sub(n.since) >= time.Hour {
 		n.lines, n.since = 0, now
 	}
-	if n.lines >= maxNews {
+	if n.lines >= maxNews && text != "" {
 		return false
 	}
-	n.said = text
+	n.said, n.at = text, now
 	n.lines++
 	return true
 }
