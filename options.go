@@ -188,6 +188,9 @@ func parseOptions(args []string) (*options, error) {
 		if opt.address {
 			secrets.addFrom(text)
 		}
+		if err := opt.checkWrapping(text); err != nil {
+			return nil, fmt.Errorf("%s: %w", from, err)
+		}
 		err = opt.set(text)
 		isFile := from != "" && from == opt.variable()+"_FILE"
 		switch {
@@ -202,6 +205,19 @@ func parseOptions(args []string) (*options, error) {
 		}
 	}
 	return o, nil
+}
+
+// checkWrapping refuses a value with the quotes or the name that belong around it in another place.
+func (opt *option) checkWrapping(text string) error {
+	quote, variable := text[0], opt.variable()
+	switch {
+	case (quote == '\'' || quote == '"') && len(text) > 1 && text[len(text)-1] == quote:
+		return fmt.Errorf("there are quotes (%c) around the value that no shell has removed; "+
+			"leave them out", quote)
+	case variable != "" && strings.HasPrefix(text, variable+"="):
+		return fmt.Errorf("the value begins with %s=; leave that out", variable)
+	}
+	return nil
 }
 
 // unfitFile is the error of a file that does not have the option's value. It may be another one
@@ -314,7 +330,7 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	from = variable + "_FILE"
 	text, err = readText(path)
 	if err != nil {
-		err = fmt.Errorf("%s: %w: give the path of a file with the value", from, err)
+		err = fmt.Errorf("%s: %w: %s", from, err, fileRemedy(err, "give the path of a file with the value"))
 	} else if text == "" {
 		err = fmt.Errorf("%s: %s is empty", from, shown(path))
 	}
@@ -347,8 +363,8 @@ func (o *options) warnOfVariables(log *slog.Logger) {
 	}
 }
 
-// isMistyped reports whether one typing mistake makes typed of meant: a letter too many, too few,
-// or wrong, or two swapped.
+// isMistyped reports whether one typing mistake makes typed of meant: a letter or two too many, one
+// too few or wrong, or two swapped.
 func isMistyped(typed, meant string) bool {
 	a, b := typed, meant
 	for a != "" && b != "" && a[0] == b[0] {
@@ -358,7 +374,7 @@ func isMistyped(typed, meant string) bool {
 		a, b = a[:len(a)-1], b[:len(b)-1]
 	}
 	swapped := len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
-	return len(a) <= 1 && len(b) <= 1 || swapped
+	return len(a) <= 1 && len(b) <= 1 || len(a) == 2 && b == "" || swapped
 }
 
 // parseDestination takes the value of --backstop.

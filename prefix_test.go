@@ -274,6 +274,13 @@ func TestRuleRefusals(t *testing.T) {
 		{"{\"regexp\":\n\"(\",\"into\":\"\"}\n\n#", "^something follows"},
 		{`{"regexp":"(.*)","into":"$host_x"}`,
 			`\$host_x names the group "host_x", which the regexp does not have; write \$\{host\}_x, since`},
+		{`{"regexp":"(.*)","into":"${hostname}.$1"}`,
+			`names the group "hostname", which the regexp does not have; the host's name is \$\{host\}$`},
+		// What a shell leaves of $1.$2 in double quotes
+		{`{"regexp":"(.*)\\..*\\.(.*)","into":"."}`, `^"into" is only \., and no group is in it: a shell ` +
+			`removed those, such as \$1, if the rule was in double quotes; put the whole of it in single`},
+		{`prefix_test.go`,
+			`^not a rule, but the path of a file; put an @ before it .*: @prefix_test\.go$`},
 		{`{"regexp":"(.*)","into":"${label:}"}`, `the \$ at byte 1 of \$\{label:\} names no group`},
 	} {
 		_, err := parseRules(test.rule)
@@ -297,6 +304,7 @@ func TestRulesThatAreNotRefused(t *testing.T) {
 		`[{"from":"label:a","regexp":"^.*$","into":"b"},{"from":"label:a","regexp":"a","into":"b"}]`,
 		`[{"regexp":".*","into":"${label:a}"},{"regexp":".*","into":"b"}]`,
 		`{"Regexp":"a","INTO":"b"}`, // as in 2015
+		`{"regexp":"(_|-)+","into":"."}`, `{"regexp":"-.*","into":""}`,
 		`{"regexp":"a","into":"b","category":""}`,
 		" [ {\"regexp\" : \"a\" , \"into\" : \"b\"} ] \n",
 	} {
@@ -361,7 +369,7 @@ func TestRulesOfAFile(t *testing.T) {
 	}
 	for _, path := range []string{"", "/no/such/file", t.TempDir()} {
 		if _, err := parseRules("@" + path); err == nil || !strings.Contains(err.Error(), path) ||
-			!strings.HasSuffix(err.Error(), "give @ and the path of a readable file") {
+			!strings.HasSuffix(err.Error(), "give @ and the path of a file") {
 			t.Errorf("@%s: %v", path, err)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -61,7 +62,7 @@ func openRules(text string) (ruleSource, error) {
 	if path, ok := strings.CutPrefix(text, "@"); ok {
 		body, err := readText(path)
 		if err != nil {
-			err = fmt.Errorf("%w: give @ and the path of a readable file", err)
+			err = fmt.Errorf("%w: %s", err, fileRemedy(err, "give @ and the path of a file"))
 		}
 		return ruleSource{body, path}, err
 	}
@@ -69,6 +70,10 @@ func openRules(text string) (ruleSource, error) {
 	if !isJSON && strings.Contains(text, "://") {
 		// --prefix without a value takes the next option for it.
 		return ruleSource{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
+	}
+	if _, err := os.Stat(text); err == nil && !isJSON {
+		return ruleSource{}, fmt.Errorf("not a rule, but the path of a file; "+
+			"put an @ before it to read the rules from there: @%s", oneLine(text))
 	}
 	return ruleSource{text: text}, nil
 }
@@ -228,6 +233,11 @@ func compileRule(r *rule, pattern string) (err error) {
 	if err := checkTemplate(r.into, r.regexp); err != nil {
 		return err
 	}
+	takesMuch := strings.Contains(pattern, ".*") || strings.Contains(pattern, ".+")
+	if r.into != "" && strings.Trim(r.into, ".") == "" && r.regexp.NumSubexp() > 0 && takesMuch {
+		return fmt.Errorf(`"into" is only %s, and no group is in it: `+
+			"a shell removed those, such as $1, if the rule was in double quotes; %s", r.into, quoting)
+	}
 	if r.category == "" {
 		return nil
 	}
@@ -386,7 +396,9 @@ func checkTemplate(template string, re *regexp.Regexp) error {
 		isOwn := group == "" || group == "host" || strings.HasPrefix(group, "label:")
 		if !isOwn && !hasGroup(re, group) {
 			remedy := fmt.Sprintf("the regexp has %s", groups(re))
-			if braced, rest := splitGroup(re, group); braced != "" && template[i+1] != '{' {
+			if strings.EqualFold(group, "hostname") || strings.EqualFold(group, "host") {
+				remedy = "the host's name is ${host}"
+			} else if braced, rest := splitGroup(re, group); braced != "" && template[i+1] != '{' {
 				remedy = fmt.Sprintf("write ${%s}%s, since a group's name goes on "+
 					"as long as there are letters, digits and underscores", braced, rest)
 			}

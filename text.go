@@ -381,6 +381,14 @@ func readText(path string) (string, error) {
 	return "", fmt.Errorf("%s: %w", shown(path), err)
 }
 
+// fileRemedy says what to do about a file that readText could not read: as a rule, usual.
+func fileRemedy(err error, usual string) string {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Sprintf("let this user (uid %d) read it", os.Getuid())
+	}
+	return usual
+}
+
 // readAtMost returns all of r, or tooMuch if that is more than most bytes.
 func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(r, most+1))
