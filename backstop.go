@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -201,7 +203,7 @@ func (b *backstop) request(ctx context.Context, body []byte) error {
 	}
 	resp, err := b.transport.RoundTrip(req)
 	if err != nil {
-		return plainly(ctx, err)
+		return fmt.Errorf("%w%s", plainly(ctx, err), receiverHint(err))
 	}
 	defer resp.Body.Close()
 	// All of it is read, up to a bound, because only then the connection can be used again.
@@ -348,6 +350,26 @@ func hint(resp *http.Response, line string) string {
 		if to, err := resp.Location(); err == nil {
 			return "set --backstop to the address that it redirects to: " + fit(withoutUser(to), maxForeign)
 		}
+	}
+	return ""
+}
+
+// receiverHint returns what to do about a receiver that cannot be reached, after "; ", or nothing.
+func receiverHint(err error) string {
+	var (
+		name   *net.DNSError
+		issuer x509.UnknownAuthorityError
+	)
+	says := func(text string) bool { return strings.Contains(err.Error(), text) }
+	switch {
+	case errors.As(err, &name) && name.IsNotFound:
+		return "; check the name of the host in --backstop"
+	case errors.As(err, &issuer):
+		return "; add the certificate of that authority to this system's"
+	case says("HTTP response to HTTPS client"), says("does not look like a TLS handshake"):
+		return "; there is no TLS at that address: should --backstop begin with http://?"
+	case says("malformed HTTP response"):
+		return "; is this TLS? Then --backstop begins with https://"
 	}
 	return ""
 }

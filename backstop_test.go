@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -223,6 +224,47 @@ func TestBackstopURLs(t *testing.T) {
 		if strings.Contains(fmt.Sprint(err), "sec") {
 			t.Errorf("the error shows the password: %v", err)
 		}
+	}
+}
+
+func TestReceiverHints(t *testing.T) {
+	plain := httptest.NewServer(harness.AnswerWith(http.StatusOK, "ok"))
+	defer plain.Close()
+	secure := httptest.NewUnstartedServer(harness.AnswerWith(http.StatusOK, "ok"))
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	defer secure.Close()
+	noHTTP, err := net.Listen("tcp", "127.0.0.1:0")
+	harness.Must(t, err)
+	defer noHTTP.Close()
+	go func() {
+		for {
+			conn, err := noHTTP.Accept()
+			if err != nil {
+				return
+			}
+			io.WriteString(conn, "\x15\x03\x01\x00\x02\x02\x16") // a TLS alert
+			conn.Close()
+		}
+	}()
+	for base, want := range map[string]string{
+		strings.Replace(plain.URL, "http:", "https:", 1): "; there is no TLS at that address: " +
+			"should --backstop begin with http://?",
+		strings.Replace(secure.URL, "https:", "http:", 1): "whether it needs https://",
+		"http://" + noHTTP.Addr().String():                "; is this TLS? Then --backstop begins with https://",
+		secure.URL:                                        "; add the certificate of that authority to this system's",
+	} {
+		err := mustBackstop(t, base+"/publish/docker").post(t.Context(), onePoint)
+		if err == nil || !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%s: %v", base, err)
+		}
+	}
+	unknown := &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Name: "h", IsNotFound: true}}
+	if got := receiverHint(unknown); got != "; check the name of the host in --backstop" {
+		t.Errorf("unknown host: %s", got)
+	}
+	if got := receiverHint(io.EOF); got != "" {
+		t.Errorf("anything else: %s", got)
 	}
 }
 
