@@ -63,6 +63,8 @@ type sweepResult struct {
 	sampled int   // containers that were read
 	failed  int   // containers that could not be read
 	err     error // why the engine as a whole could not be asked
+
+	collisions int // containers that were left out: another one has their path
 }
 
 // hostName is the name of the host in its metrics, one node of a path: what --host says, else the
@@ -89,7 +91,8 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	}
 	metrics, asked, errs := c.askAll(ctx, now, start)
 	c.hear(c.engine.timeout)
-	result := sweepResult{metrics: metrics, running: now.running, failed: len(now.unnamed)}
+	result := sweepResult{metrics: metrics, running: now.running, failed: len(now.unnamed),
+		collisions: now.collisions}
 	result.err = c.engineTrouble(ctx, errs)
 	c.judge(ctx, &result, asked, errs)
 	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host

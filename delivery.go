@@ -162,7 +162,9 @@ func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 	default:
 		_ = d.pending.settle(d.delivered) // most likely it is lost for the same reason
 		d.queue.putBack(b, f.left(), errorText(err))
-		d.logTrouble(err)
+		if !d.last { // else end has it
+			d.logTrouble(err)
+		}
 	}
 	return err
 }
@@ -275,7 +277,7 @@ func (d *delivery) delivered(b *batch, start time.Time) {
 		return
 	}
 	after := []any{"metrics", o.delivered,
-		"last", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
+		"lasted", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
 	switch {
 	case o.delivered == 0:
 	case d.news.isNew(""):

@@ -222,7 +222,7 @@ func (p *pipeline) sweep(ctx context.Context) sweepResult {
 	}
 	took := time.Since(start)
 	p.service.hasSwept(result, took)
-	p.log.Debug("swept", "running", result.running, "failed", result.failed,
+	p.log.Debug("polled", "running", result.running, "failed", result.failed,
 		"metrics", len(result.metrics), "took", took.Round(time.Millisecond))
 	return result
 }
@@ -239,16 +239,19 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	if !p.delivery.to.remote && len(result.metrics) > 0 { // somebody tries it
 		p.log.Warn("cpu.percent needs two polls, so --once has none")
 	}
-	if result.failed > 0 {
-		err = errors.Join(err, fmt.Errorf("%d containers could not be read", result.failed))
+	if n := result.failed + result.collisions; n > 0 {
+		err = errors.Join(err, fmt.Errorf("%d containers have no metrics", n))
 	}
 	return errors.Join(result.err, err)
 }
 
 // daemon polls until polling ends, and delivers until everything is delivered or sending ends.
 func (p *pipeline) daemon(polling, sending context.Context, every time.Duration) {
-	p.log.Info("started", "version", version(), "to", p.receiver,
-		"docker", p.collector.engine, "poll", every)
+	attrs := []any{"version", version(), "to", p.receiver, "docker", p.collector.engine, "poll", every}
+	if s := p.delivery.store.spool; s != nil {
+		attrs = append(attrs, "spool", s.dir)
+	}
+	p.log.Info("started", attrs...)
 	p.service.ready()
 	delivered := make(chan struct{})
 	go func() {

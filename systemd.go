@@ -26,7 +26,7 @@ type service struct {
 // newService connects to the systemd that has started this process. If polls are rarer than
 // WatchdogSec= in the unit, it asks for a longer timeout.
 func newService(poll time.Duration, q *queue) *service {
-	s := &service{queue: q, swept: "no sweep yet", send: func(state string) {
+	s := &service{queue: q, swept: "no poll yet", send: func(state string) {
 		_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
 	}}
 	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
@@ -58,10 +58,10 @@ func (s *service) alive() {
 func (s *service) hasSwept(result sweepResult, took time.Duration) {
 	s.alive()
 	s.mu.Lock()
-	s.swept = fmt.Sprintf("last sweep: %d containers in %s, %d failed",
+	s.swept = fmt.Sprintf("last poll: %d containers in %s, %d failed",
 		result.running, took.Round(time.Millisecond), result.failed)
 	if result.err != nil {
-		s.swept = "last sweep: " + errorText(result.err)
+		s.swept = "last poll: " + errorText(result.err)
 	}
 	s.mu.Unlock()
 	s.update()

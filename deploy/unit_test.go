@@ -65,13 +65,13 @@ func TestSystemdIsTold(t *testing.T) {
 	until("WATCHDOG_USEC=3000000") // three polls, as that is more
 	until("READY=1")
 	until("WATCHDOG=1")
-	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, ` +
+	until(`STATUS=last poll: \d containers in \d+ms, 0 failed; queue: \d+ metrics since \S+, ` +
 		`answer 503 Service Unavailable`)
 	s.Set("", nil)
-	until(`STATUS=last sweep: \d containers in \d+ms, 0 failed; queue: empty`)
+	until(`STATUS=last poll: \d containers in \d+ms, 0 failed; queue: empty`)
 	until("WATCHDOG=1")
 	engine.On("/containers/json", harness.Hang)
-	until(`STATUS=last sweep: no answer within 900ms; queue: empty`)
+	until(`STATUS=last poll: no answer within 900ms; queue: empty`)
 	if err := daemon.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}

@@ -269,7 +269,7 @@ func (size benchSize) compare(b *testing.B, binary, backstop string) (ours costs
 	options := []string{"--docker=" + address, "--poll=" + size.poll}
 	ticked := regexp.MustCompile(`^([0-9.]+ns)$`)
 	delivered := regexp.MustCompile(`msg=delivered .*queue.metrics=0`)
-	swept := regexp.MustCompile(`msg=swept .*took=(\S+)`)
+	swept := regexp.MustCompile(`msg=polled .*took=(\S+)`)
 	var least costs
 	var wall, cpu, theirs float64
 	for b.Loop() {
