@@ -251,8 +251,9 @@ func TestReceiverHints(t *testing.T) {
 		strings.Replace(plain.URL, "http:", "https:", 1): "; there is no TLS at that address: " +
 			"should --backstop begin with http://?",
 		strings.Replace(secure.URL, "https:", "http:", 1): "whether it needs https://",
-		"http://" + noHTTP.Addr().String():                "; is this TLS? Then --backstop begins with https://",
-		secure.URL:                                        "; add the certificate of that authority to this system's",
+		"http://" + noHTTP.Addr().String(): "; is this TLS? " +
+			"Then --backstop begins with https://",
+		secure.URL: "; add the certificate of that authority to this system's",
 	} {
 		err := mustBackstop(t, base+"/publish/docker").post(t.Context(), onePoint)
 		if err == nil || !strings.HasSuffix(err.Error(), want) {

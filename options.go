@@ -330,7 +330,8 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	from = variable + "_FILE"
 	text, err = readText(path)
 	if err != nil {
-		err = fmt.Errorf("%s: %w: %s", from, err, fileRemedy(err, "give the path of a file with the value"))
+		err = fmt.Errorf("%s: %w: %s", from, err,
+			fileRemedy(err, "give the path of a file with the value"))
 	} else if text == "" {
 		err = fmt.Errorf("%s: %s is empty", from, shown(path))
 	}
