@@ -754,7 +754,7 @@ func carbonRig(
 	c := mustCarbon(t, "carbon://"+f.address())
 	c.proof = proof
 	r, log := newRig(t, c.destination(), 8<<20, dir)
-	r.pace = pace{10 * time.Millisecond, 20 * time.Millisecond, 20 * time.Millisecond}
+	r.pauses = newPauses(pace{10 * time.Millisecond, 20 * time.Millisecond, 20 * time.Millisecond})
 	return r, c, log
 }
 

@@ -29,8 +29,9 @@ const diskBlock = 4 << 10
 // batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep.
 type batch struct {
 	body   []byte    // what is still to be delivered, as encode wrote it; nil while it has to wait
-	packed []byte    // the same, packed; nil if it was never needed, or if the file has it all
+	packed []byte    // the same, packed; nil if it was never needed, or if the file has just that
 	file   string    // its file in the spool, "" if it is in memory only
+	extra  bool      // whether the file has more: metrics that are delivered
 	size   int64     // bytes that it takes up in the spool, or in memory
 	count  int       // metrics that are still to be delivered
 	oldest int64     // the oldest time among its metrics, in Unix seconds

@@ -24,6 +24,8 @@ const (
 	carbonConnect = 10 * time.Second
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
+	// carbonWhole is how long Carbon may take for a batch: less than the watchdog waits.
+	carbonWhole = maxFlight - time.Minute
 	// carbonProof is how long Carbon has to live after reading a batch. carbon-cache has written
 	// the batch to the disk by then, or has left the time for that in its own queue.
 	carbonProof = 5 * time.Second
@@ -108,6 +110,8 @@ func (c *carbon) post(ctx context.Context, body []byte) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, carbonWhole, errCarbonSlow)
+	defer cancel()
 	w, err := c.openWitness(ctx)
 	if err != nil {
 		return err
@@ -141,6 +145,9 @@ func (c *carbon) portions(metrics []metric) (portions [][]byte) {
 // errNotCarbon is what is wrong when something is read.
 var errNotCarbon = errors.New("it answers, which Carbon's plaintext protocol never does: " +
 	"check host and port")
+
+// errCarbonSlow is what is wrong when a batch takes too long.
+var errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonWhole)
 
 // errCarbonGone is what is wrong when a witness has ended.
 var errCarbonGone = errors.New("it closed the silent connection that shows whether it " +

@@ -28,7 +28,7 @@ type delivery struct {
 	queue   *queue
 	store   *store
 	pending pending
-	pace    pace
+	pauses  *pauses
 	rest    func() // called when everything is delivered
 	patient bool   // whether it waits in the end for the confirmation of what the spool has
 	log     *slog.Logger
@@ -55,7 +55,7 @@ type outage struct {
 func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 	q := st.queue
 	d := &delivery{to: to, queue: q, store: st, pending: pending{queue: q, confirm: to.confirm},
-		pace: usualPace, rest: func() {}, log: log, most: maxBatch}
+		pauses: newPauses(usualPace), rest: func() {}, log: log, most: maxBatch}
 	d.outage.earlier = q.late > 0
 	return d
 }
@@ -64,22 +64,18 @@ func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 // try that began after the queue was closed and fails is the last. ctx ends it in any case. The
 // error says how many metrics were not delivered.
 func (d *delivery) deliver(ctx context.Context) error {
-	pauses := newPauses(d.pace)
 	for {
 		done, err := d.round(ctx)
 		switch {
 		case done:
 			return d.end("")
-		case err == nil && d.pending.isEmpty():
-			pauses.reset()
-			continue
 		case err == nil:
 			continue
 		case d.last || ctx.Err() != nil:
 			return d.end(errorText(err))
 		}
 		select {
-		case <-time.After(pauses.after(err)):
+		case <-time.After(d.pauses.after(err)):
 		case <-d.queue.closed:
 		}
 	}
@@ -225,6 +221,7 @@ func (d *delivery) judge(ctx context.Context, f *flight) error {
 	}
 	for i := range probes {
 		err := d.to.post(ctx, probe)
+		d.queue.posted(f.batch, 0, err)
 		switch {
 		case err == nil:
 			d.good, d.newest = probe, false
@@ -268,18 +265,21 @@ func (d *delivery) setAside(f *flight) {
 
 // delivered takes b off the queue, whose delivery began at start, and logs the end of an outage.
 func (d *delivery) delivered(b *batch, start time.Time) {
+	d.pauses.reset()
 	o := &d.outage
-	if o.delivered == 0 || b.oldest < o.oldest {
+	wasLate, over := d.queue.done(b, start)
+	if wasLate {
+		o.delivered += b.count
+	}
+	if o.oldest == 0 || b.oldest < o.oldest {
 		o.oldest = b.oldest
 	}
-	o.delivered += b.count
-	if !d.queue.done(b, start) {
+	if !over {
 		return
 	}
 	after := []any{"metrics", o.delivered,
 		"lasted", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
 	switch {
-	case o.delivered == 0:
 	case d.news.isNew(""):
 		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
 	case o.earlier:

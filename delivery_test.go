@@ -316,7 +316,7 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 			`^level=ERROR msg="Backstop unreachable, keeping metrics" ` +
 				`since=2026-11-23T04:54:40Z metrics=10 bytes=\d+ error="connection refused"\n` +
 				`level=INFO msg="Backstop reachable again, kept metrics are delivered" ` +
-				`metrics=1[0-2]0 last=\S+\n$`)
+				`metrics=1[0-2]0 lasted=\S+\n$`)
 		if got := log.Take(); !lines.MatchString(got) {
 			t.Errorf("logged\n%swant\n%s", got, lines)
 		}
@@ -1294,7 +1294,7 @@ func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backst
 		dir = newDir(t)
 	}
 	q, log := newRig(t, b.destination(), 8<<20, dir)
-	q.pace = pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond}
+	q.pauses = newPauses(pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond})
 	return q, b, log
 }
 
@@ -1681,4 +1681,79 @@ func randomNetworks(interfaces int) []byte {
 			i, rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15), rand.Int64N(1e15))
 	}
 	return append(answer, "}}"...)
+}
+
+// What is left of a batch after a part of it was accepted is sent once more and no more, however
+// often that fails, also where a file has the whole.
+func TestDeliveryRemembersWhatIsLeft(t *testing.T) {
+	for name, dir := range map[string]string{"memory": "", "spool": newDir(t)} {
+		r, down := &receiver{}, false
+		r.fail = func(_ int, values []int) error {
+			if down || len(values) > 1 && values[0] >= 100 {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		q, _ := newRig(t, r.destination(), 1<<20, dir)
+		q.most = 100
+		q.put(points(0, 300))
+		q.try(t) // 100 are accepted
+		down = true
+		q.try(t)
+		q.try(t)
+		if got := q.waiting(); got != 200 {
+			t.Errorf("%s: %d wait", name, got)
+		}
+		r.fail = nil
+		deliverAll(t, q)
+		r.inOrder(t, 0, 300)
+		if got := figuresOf(q); !strings.HasPrefix(got, "sent 300,") {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+}
+
+// The first retry comes soon also where the last batch always waits for its confirmation.
+func TestRetriesBeginAnewAfterAConfirmation(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const proof, poll = 5 * time.Second, 4 * time.Second
+		var posted, tries []time.Time
+		down := false
+		to := destination{name: "Carbon", remote: true, post: func(context.Context, []byte) error {
+			if down {
+				tries = append(tries, time.Now())
+				return errors.New("connection refused")
+			}
+			posted = append(posted, time.Now())
+			return nil
+		}}
+		to.confirm = func() (delivered int, again time.Time, err error) {
+			for len(posted) > 0 && time.Since(posted[0]) >= proof {
+				posted = posted[1:]
+				delivered++
+			}
+			if len(posted) > 0 {
+				again = posted[0].Add(proof)
+			}
+			return delivered, again, nil
+		}
+		q, _ := newRig(t, to, 1<<20, "")
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for range 3 {
+			down, tries = true, nil
+			for i := range 100 {
+				q.put(points(i, 1))
+				time.Sleep(poll)
+				down = i < 10
+			}
+			if first := tries[1].Sub(tries[0]); first > 3*time.Second {
+				t.Errorf("the first retry came after %s", first)
+			}
+		}
+		q.close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
 }

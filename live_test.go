@@ -1133,7 +1133,7 @@ func feed(t *testing.T, address string, series int, from, step int64) *fed {
 		}
 	})
 	f.rig, f.log = newRig(t, to, 256<<20, filepath.Join(t.TempDir(), "spool"))
-	f.pace = pace{100 * time.Millisecond, 500 * time.Millisecond, time.Second}
+	f.pauses = newPauses(pace{100 * time.Millisecond, 500 * time.Millisecond, time.Second})
 	return f
 }
 

@@ -9,7 +9,7 @@ import (
 	"github.com/docker/go-units"
 )
 
-// maxFlight is longer than delivery takes between two signs of progress.
+// maxFlight is longer than a request takes. After it, the watchdog restarts the daemon.
 const maxFlight = 5 * time.Minute
 
 // storeWait is how long delivery waits until a batch is on the disk, and the end of the daemon
@@ -124,12 +124,14 @@ func (q *queue) size() (metrics int, bytes int64) {
 // bound drops the oldest batches until the rest fits. It is called with mu held.
 func (q *queue) bound() {
 	_, held := q.size()
-	for _, b := range slices.Clone(q.batches) {
-		if held <= q.limit {
-			return
+	i, late := 0, q.late
+	q.batches = slices.DeleteFunc(q.batches, func(b *batch) bool { // in order, each once
+		i++
+		if held <= q.limit || b == q.inFlight { // that may just arrive
+			return false
 		}
-		if b == q.inFlight {
-			continue // it may just arrive
+		if i <= late {
+			q.late--
 		}
 		if q.loss.metrics == 0 {
 			q.loss.from = b.oldest
@@ -138,8 +140,17 @@ func (q *queue) bound() {
 		q.loss.until = b.oldest
 		q.figures.dropped += uint64(b.count)
 		held -= b.size
-		q.remove(b)
+		q.discard(b)
+		return true
+	})
+}
+
+// discard has the file of b removed. It is called with mu held.
+func (q *queue) discard(b *batch) {
+	if b.file != "" {
+		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
 	}
+	notify(q.unstored)
 }
 
 // remove takes b off the queue, and reports whether it was there. It is called with mu held.
@@ -152,10 +163,7 @@ func (q *queue) remove(b *batch) bool {
 	if i < q.late {
 		q.late--
 	}
-	if b.file != "" {
-		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
-	}
-	notify(q.unstored)
+	q.discard(b)
 	return true
 }
 
@@ -229,11 +237,13 @@ func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
 	return nil, wait
 }
 
-// posted counts a request with so many metrics of b.
+// posted counts a request with so many metrics of b; 0 for one without.
 func (q *queue) posted(b *batch, metrics int, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.progress = time.Now()
+	if q.progress = time.Now(); metrics == 0 {
+		return
+	}
 	if b.tried {
 		q.figures.retried += uint64(metrics)
 	}
@@ -256,21 +266,21 @@ func (q *queue) forget(b *batch) {
 	q.remove(b)
 }
 
-// done takes b off the queue, whose delivery began at start, and ends the trouble. over reports
-// whether no batch is late any more.
-func (q *queue) done(b *batch, start time.Time) (over bool) {
+// done takes b off the queue, whose delivery began at start, and ends the trouble. It reports
+// whether b was late, and whether no batch is any more.
+func (q *queue) done(b *batch, start time.Time) (wasLate, over bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.inFlight, q.trouble = nil, ""
-	late, took := q.late, time.Since(start)
+	before, took := q.late, time.Since(start)
 	if q.remove(b) {
 		q.figures.sent += uint64(b.count)
 	}
-	if late > 0 && q.late == 0 {
+	if before > 0 && q.late == 0 {
 		q.logLoss(true)
 	}
 	q.log.Debug("delivered", "metrics", b.count, "took", took.Round(time.Millisecond), q.state())
-	return q.late == 0
+	return q.late < before, q.late == 0
 }
 
 // putBack ends the flight of b, of which left is still to be delivered; nil is all of it. b is
@@ -284,8 +294,8 @@ func (q *queue) putBack(b *batch, left []byte, trouble string) {
 	}
 	if left != nil { // a file keeps the whole: a crash loses nothing
 		q.figures.sent += uint64(b.count - countOf(left))
-		b.body, b.packed, b.count = left, pack(left), countOf(left)
-	} else if b.file != "" {
+		b.body, b.packed, b.count, b.extra = left, pack(left), countOf(left), true
+	} else if b.file != "" && !b.extra {
 		b.packed = nil
 	}
 	q.late = max(q.late, slices.Index(q.batches, b)+1)

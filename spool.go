@@ -32,10 +32,9 @@ type spool struct {
 	folder  fs.FileInfo  // as it was when it became ours first, nil before
 	counter uint64       // the highest in a name so far
 	// What was logged already
-	foreign  bool   // that there are foreign files
-	goneSaid bool   // that a file has gone
-	news     news   // of the folder
-	bad      []file // set aside, oldest first
+	foreign bool   // that there are foreign files
+	news    news   // of the folder
+	bad     []file // set aside, oldest first
 	// Delivered or dropped, but perhaps still there: the folder may be away. They do not count: a
 	// disk from which nothing can be removed takes nothing either, and to drop more would free
 	// no room.
@@ -314,13 +313,18 @@ func (s *spool) read(name string) (body []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if body, err = unpack(packed); err == nil {
-		var metrics []metric
-		if metrics, err = decode(body); err == nil {
-			return encode(metrics), nil
-		}
+	body, err = unpack(packed)
+	if err != nil {
+		return nil, &spoiltError{err}
 	}
-	return nil, &spoiltError{err}
+	metrics, err := decode(body)
+	if err == nil && len(metrics) == 0 {
+		err = errors.New("no metric in it")
+	}
+	if err != nil {
+		return nil, &spoiltError{err}
+	}
+	return encode(metrics), nil
 }
 
 // trouble returns what is wrong with the folder or with this process, nil if err, from read, is
@@ -367,11 +371,8 @@ func (s *spool) tidy() {
 // setAside keeps a file that cannot be used for somebody to look at, as long as there is room.
 func (s *spool) setAside(f file, metrics int, why error) {
 	if errors.Is(why, fs.ErrNotExist) {
-		if !s.goneSaid {
-			s.log.Error("a spooled file is gone, and its metrics with it",
-				"file", f.name, "metrics", metrics)
-		}
-		s.goneSaid = true
+		s.log.Error("a spooled file is gone, and its metrics with it",
+			"file", f.name, "metrics", metrics)
 		return
 	}
 	s.log.Error("cannot use a spooled file, setting it aside",

@@ -144,7 +144,7 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	logged(t, log, 1, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 last=`)
+	logged(t, log, 1, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 lasted=`)
 	// The next run does not use names again.
 	q, _ = r.spooled(t, dir)
 	q.put(points(0, 1))
@@ -474,7 +474,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 		return nil
 	}}
 	q, log := r.spooled(t, dir)
-	q.pace = pace{time.Millisecond, time.Millisecond, time.Millisecond}
+	q.pauses = newPauses(pace{time.Millisecond, time.Millisecond, time.Millisecond})
 	for i := range 4 {
 		q.put(points(i, 1))
 	}
@@ -492,7 +492,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 		t.Errorf("arrived %v", r.got)
 	}
 	gone := `level=ERROR msg="a spooled file is gone, and its metrics with it" `
-	if got := log.Take(); strings.Count(got, gone) != 1 {
+	if got := log.Take(); strings.Count(got, gone) != 2 {
 		t.Errorf("logged\n%s", got)
 	}
 }
@@ -953,5 +953,42 @@ func TestSpoolLeavesAForeignLockAlone(t *testing.T) {
 		if _, err := parseSpool(dir); (err == nil) != isOurs {
 			t.Errorf("with %.20q there, --spool: %v", content, err)
 		}
+	}
+}
+
+// A folder with very many files, more than the limit, holds up neither polls nor the end.
+func TestSpoolWithManyFiles(t *testing.T) {
+	log := &harness.Log{}
+	q := newQueue(1<<20, log.Logger())
+	q.disk.used = true
+	const files = 300_000
+	found := make([]*batch, files)
+	for i := range found {
+		found[i] = &batch{file: fmt.Sprint(i), size: diskBlock, count: 1, oldest: int64(1 + i)}
+	}
+	start := time.Now()
+	(&store{queue: q}).putFound(found)
+	if took := time.Since(start); took > 5*time.Second { // it took minutes
+		t.Errorf("took %s", took)
+	}
+	const kept = 1 << 20 / diskBlock
+	if got := len(q.batches); got != kept || q.late != kept || q.batches[0] != found[files-kept] ||
+		len(q.disk.litter) != files-kept || q.figures.dropped != files-kept {
+		t.Errorf("%d are left, %d late, %d to be removed, %d dropped", got, q.late,
+			len(q.disk.litter), q.figures.dropped)
+	}
+}
+
+// A file without a metric in it is set aside, whatever the receiver says.
+func TestSpoolSetsEmptyFilesAside(t *testing.T) {
+	dir := newDir(t)
+	harness.Must(t, os.MkdirAll(dir, 0o700))
+	name := filepath.Join(dir, "20261123T105436Z-0000000042-1.json.gz")
+	harness.Must(t, os.WriteFile(name, pack([]byte("[]")), 0o600))
+	r := &receiver{fail: func(int, []int) error { return &refusal{status: 400} }}
+	q, _ := r.spooled(t, dir)
+	q.try(t)
+	if _, err := os.Stat(name + badSuffix); err != nil || r.tries > 0 {
+		t.Errorf("%d requests, %v", r.tries, err)
 	}
 }

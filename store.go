@@ -244,8 +244,8 @@ func (st *store) hasStored(b *batch, f file, count int) {
 		q.disk.litter = append(q.disk.litter, f)
 		return
 	}
-	b.file, b.size = f.name, f.size
-	if b != q.inFlight && b.count == count {
+	b.file, b.size, b.extra = f.name, f.size, b.count != count
+	if b != q.inFlight && !b.extra {
 		b.packed = nil
 	}
 	notify(q.changed)
