@@ -53,6 +53,7 @@ type infoCall struct {
 func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
 	return &collector{
 		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
+		flow: flow{most: maxConnections()},
 	}
 }
 
@@ -172,9 +173,14 @@ func (c *collector) hear(within time.Duration) {
 	c.about.call = nil
 	err := call.err
 	if err == nil {
+		if call.info.Stopped.absent() {
+			call.info.Stopped = c.about.Stopped
+		}
 		c.about.info, c.about.askedAt = call.info, time.Now()
 	}
-	c.about.nameless = isRefusal(err) || err == nil && call.info.Name == ""
+	if err == nil || isRefusal(err) {
+		c.about.nameless = err != nil || call.info.Name == ""
+	}
 	text := errorText(err)
 	if errors.Is(err, context.Canceled) || !c.about.news.isNew(text) {
 		return
@@ -332,7 +338,7 @@ func (c *collector) addHost(result *sweepResult, now *census, start time.Time) {
 	host.addCount(".metrics.sampled", result.sampled)
 	host.addCount(".metrics.failed", result.failed)
 	host.addCount(".metrics.collisions", now.collisions)
-	host.addCount(".metrics.duration", int(time.Since(start)))
+	host.add(".metrics.duration", counted(uint64(time.Since(start)))) // an int may have 32 bits
 	result.metrics = host.metrics
 }
 
@@ -460,7 +466,10 @@ func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
 		now, err := s.engine.inspect(ctx, known.id)
 		if err != nil {
 			known.last = nil // nobody knows whether it was restarted
-			return fmt.Errorf("its uptime: %w", err)
+			if isGone(err) {
+				return err
+			}
+			return rubbish{fmt.Errorf("its uptime: %v", err)} // not doubtful: its stats came
 		}
 		known.learn(now, s.now)
 	}

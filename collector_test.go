@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -892,11 +893,10 @@ func TestNamesThatAreNone(t *testing.T) {
 			!strings.Contains(got, test.remark) {
 			t.Errorf("%s: logged %s", test.names, got)
 		}
-		var table strings.Builder
-		ok, err := check(t.Context(), c, &table)
-		if !ok || err != nil || !strings.Contains(table.String(), "\n"+test.want+" ") ||
-			!strings.Contains(table.String(), test.remark) {
-			t.Errorf("%s: %t, %v\n%s", test.names, ok, err, table.String())
+		table, ok, err := check(t.Context(), c)
+		if !ok || err != nil || !strings.Contains(table, "\n"+test.want+" ") ||
+			!strings.Contains(table, test.remark) {
+			t.Errorf("%s: %t, %v\n%s", test.names, ok, err, table)
 		}
 	}
 }
@@ -1447,5 +1447,108 @@ func TestTroubleThatComesAndGoes(t *testing.T) {
 				t.Errorf("%s %s: %d lines in three hours, at last %s", path, why, len(lines), last)
 			}
 		}
+	}
+}
+
+// Very many events are counted, or refused, but hold up nothing; and what came with the refused
+// ones does not stop those to come.
+func TestManyEvents(t *testing.T) {
+	s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+	s.container("1", smallInspect, smallStats)
+	of := func(n int, format string) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, format, i)
+		}
+		return b.String()
+	}
+	const real = `{"status":"die","id":"c%[1]d","from":"busybox","Type":"container","Action":"die","Actor":` +
+		`{"ID":"c%[1]d","Attributes":{"exitCode":"0","image":"busybox","name":"n"}},"scope":"local",` +
+		`"time":1795409680,"timeNano":1795409680000000000}` + "\n"
+	c.sweep(t.Context())
+	s.answers["/events"] = of(30_000, real)
+	for range 2 {
+		wants(t, "many", c.sweep(t.Context()), "h.events.die 30000")
+	}
+	s.answers["/events"] = of(400_000, `{"timeNano":%d}`+"\n")
+	wants(t, "too many", c.sweep(t.Context()), "h.events.die 30000", "web.memory.usage 1")
+	if got := log.String(); !strings.Contains(got, "the answer has over 50000 entries") {
+		t.Errorf("logged %s", got)
+	}
+	c.events.until = c.events.until.Add(-2 * maxAsked)
+	c.sweep(t.Context())
+	if late := time.Since(c.events.until); late > maxAsked {
+		t.Errorf("it still asks for what happened %s ago", late)
+	}
+	s.answers["/events"] = strings.ReplaceAll(fmt.Sprintf(real, 7), `"c7"`, `"`+strings.Repeat("c", 1<<20)+`"`)
+	c.sweep(t.Context())
+	for key := range c.events.seen {
+		if len(key.id) > maxKey {
+			t.Fatalf("it keeps an id of %d bytes", len(key.id))
+		}
+	}
+	if n := len(c.events.seen); n > minSeen || n != len(c.events.order) {
+		t.Errorf("it keeps %d and %d events", n, len(c.events.order))
+	}
+}
+
+// What inspect sends is kept as far as it is of use.
+func TestLongInspectAnswersAreNotKept(t *testing.T) {
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"Image":"sha256:`+strings.Repeat("a", 64)+
+		`","Status":"Up 3 hours"}]`)
+	c.containers.rules = mustRules(t, `{"from":"image","regexp":"^(.*)$","into":"$1"}`)
+	long := strings.Repeat("x", 1<<20)
+	s.container("1", `{"State":{"Running":true,"Health":{"Status":"`+long+`"}},"Config":{"Image":"`+long+
+		`"}}`, smallStats)
+	c.sweep(t.Context())
+	known := c.containers.byID["1"]
+	if n := len(known.facts.health) + len(known.image) + len(known.path); n > 3*maxPath {
+		t.Errorf("%d bytes are kept", n)
+	}
+}
+
+// The host keeps its name, and its number of stopped containers, whatever /info answers next.
+func TestInfoThatGetsWorse(t *testing.T) {
+	own, _ := os.Hostname()
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"State":"running","Status":"Up 3 hours"},`+
+		`{"Id":"2","Names":["/x"],"State":"exited","Status":"Exited (0) 3 hours ago"}]`)
+	s.container("1", smallInspect, smallStats)
+	handler, status := s.Config.Handler, http.StatusNotFound
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/info" && status != http.StatusOK {
+			w.WriteHeader(status)
+			return
+		}
+		handler.ServeHTTP(w, r)
+	})
+	for _, status = range []int{http.StatusNotFound, http.StatusBadGateway, http.StatusNotFound} {
+		c.about.askedAt = time.Time{}
+		wants(t, fmt.Sprint("/info answers ", status), c.sweep(t.Context()),
+			graphiteNode(own)+".containers.stopped 1")
+	}
+	status = http.StatusOK
+	for range 3 {
+		c.about.askedAt = time.Time{}
+		wants(t, "/info has no numbers", c.sweep(t.Context()), "h.containers.stopped 1")
+	}
+}
+
+// A container in a restart loop, or without a name, does not make the engine suspect.
+func TestOnlyConnectionsMakeTheEngineSuspect(t *testing.T) {
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/a"],"State":"restarting","Status":"Restarting (1) 2 `+
+		`seconds ago"}]`)
+	s.container("1", `{"State":{"Running":true,"Restarting":true}}`, `{}`)
+	handler, pings := s.Config.Handler, new(atomic.Int32)
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/_ping" {
+			pings.Add(1)
+		}
+		handler.ServeHTTP(w, r)
+	})
+	for range 5 {
+		c.sweep(t.Context())
+	}
+	if pings.Load() != 1 {
+		t.Errorf("%d pings", pings.Load())
 	}
 }

@@ -146,7 +146,8 @@ func (cs *containers) apply(known *container, who subject, host string) error {
 		return errNoHost
 	}
 	if known.path == "" || known.name != who.name || known.host != host {
-		known.name, known.host, known.image = who.name, host, who.image
+		known.name, known.host = who.name, host
+		known.image = strings.Clone(startOf(who.image)) // an inspect answer can have megabytes
 		known.naming = cs.rules.apply(who, host)
 	}
 	return nil
@@ -179,8 +180,10 @@ func (known *container) learn(now *inspected, at time.Time) {
 	known.startedAt, _ = time.Parse(time.RFC3339Nano, now.State.StartedAt)
 	known.restarts, known.exitCode = now.RestartCount, now.State.ExitCode
 	known.cpuLimit = now.cpuLimit()
-	known.facts.health = now.State.Health.Status
-	if known.facts.health == "none" {
+	switch health := now.State.Health.Status; health {
+	case "starting", "healthy", "unhealthy":
+		known.facts.health = health
+	default: // such as "none"
 		known.facts.health = ""
 	}
 }

@@ -58,6 +58,7 @@ type engine struct {
 	inTicks bool        // whether it is known to answer for stats once a second only
 	podman  bool
 	clock   clock
+	long    atomic.Int64 // bytes of long answers that there is still room for: see metered
 }
 
 // clock is how far an engine's clock is ahead of ours: between least and most, as the times in
@@ -109,7 +110,7 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 	client.Dialer = &net.Dialer{Timeout: timeout}
 	connections := newTransport(timeout)
 	connections.TLSClientConfig = tlsConfig
-	connections.MaxConnsPerHost = maxConnections()
+	connections.MaxConnsPerHost = maxConnections() + 1 // that of /info
 	// As many as usually are in flight; the engine holds a goroutine for each. They have no idle
 	// timeout, which would cause wake-ups between sweeps.
 	connections.MaxIdleConnsPerHost = 128
@@ -120,11 +121,13 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 		// Any host will do, but connections are counted by host, and this is the library's.
 		base = "http://unix.sock"
 	}
-	client.HTTPClient.Transport = transport{connections, maxAnswer}
+	client.HTTPClient.Transport = transport{connections, maxAnswer + 1} // to notice what is more
 	client.HTTPClient.CheckRedirect = func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // another server would be asked
 	}
-	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}, nil
+	e := &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}
+	e.long.Store(maxLong)
+	return e, nil
 }
 
 const wantEndpoint = "want one such as unix:///var/run/docker.sock or tcp://host:2375"
@@ -169,6 +172,9 @@ func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err erro
 func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
 	if u.Hostname() == "" || strings.Contains(u.Path, "@") {
 		return nil, fmt.Errorf("no host in it; the form is %s://host:port", u.Scheme)
+	}
+	if u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
+		return nil, fmt.Errorf("there is a ? or a # in it; the form is %s://host:port", u.Scheme)
 	}
 	if port := u.Port(); port != "" {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
@@ -222,13 +228,13 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 		}
 		dir = filepath.Join(home, ".docker")
 	}
-	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
+	ca, err := readText(filepath.Join(dir, "ca.pem"))
 	if err != nil {
 		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; "+
 			"DOCKER_CERT_PATH names the folder with ca.pem, cert.pem and key.pem", err)
 	}
 	config.RootCAs = x509.NewCertPool()
-	if !config.RootCAs.AppendCertsFromPEM(ca) {
+	if !config.RootCAs.AppendCertsFromPEM([]byte(ca)) {
 		return nil, fmt.Errorf("%s holds no certificate in PEM form", filepath.Join(dir, "ca.pem"))
 	}
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"))
@@ -596,7 +602,9 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	if resp.StatusCode/100 != 2 {
 		limit = maxError
 	}
-	_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
+	answer := &metered{Reader: io.LimitReader(resp.Body, limit+1), room: &e.long}
+	defer answer.release()
+	_, err = body.ReadFrom(answer)
 	if resp.StatusCode/100 != 2 {
 		var message struct{ Message string }
 		if json.Unmarshal(body.Bytes(), &message) != nil {
@@ -613,7 +621,10 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 		if ctx.Err() != nil {
 			return nil, plainly(ctx, err)
 		}
-		return nil, rubbish{fmt.Errorf("the answer broke off: %w", err)}
+		if !errors.Is(err, errNoRoom) {
+			err = fmt.Errorf("the answer broke off: %w", err)
+		}
+		return nil, rubbish{err}
 	}
 	if int64(body.Len()) > limit {
 		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
@@ -694,13 +705,8 @@ func isGone(err error) bool {
 // isConnectionError reports whether err came before there was an answer, and is no timeout: the
 // engine may be in trouble, and not the container.
 func isConnectionError(err error) bool {
-	var (
-		status *docker.Error
-		late   noAnswer
-		body   rubbish
-	)
-	return err != nil && !isGone(err) &&
-		!errors.As(err, &status) && !errors.As(err, &late) && !errors.As(err, &body)
+	var of *foreign
+	return errors.As(err, &of)
 }
 
 // notASocket returns what is at the path of a socket that could not be dialed, if it is something

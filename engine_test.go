@@ -273,7 +273,7 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if n, err := io.Copy(io.Discard, resp.Body); n != maxAnswer || err != nil {
+	if n, err := io.Copy(io.Discard, resp.Body); n != maxAnswer+1 || err != nil {
 		t.Errorf("of a list that never ends, %d bytes were read, %v", n, err)
 	}
 }
@@ -770,9 +770,8 @@ func FuzzEngineHTTP(f *testing.F) {
 				}
 			}
 		}
-		var table strings.Builder
-		check(t.Context(), c, &table)
-		for line := range strings.Lines(log.Take() + table.String()) {
+		table, _, _ := check(t.Context(), c)
+		for line := range strings.Lines(log.Take() + table) {
 			if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) {
 				t.Errorf("the line %q", line)
 			}
@@ -854,3 +853,55 @@ func FuzzEvents(f *testing.F) {
 		`"Actor":{"Attributes":{"exitCode":"1"}}}`))
 	fuzzDecoding(f, "events.json", func(body []byte) { _, _ = decodeEvents(body) })
 }
+
+// Answers that are longer than usual share a bounded room. The others do not need it.
+func TestLongAnswersShareTheirRoom(t *testing.T) {
+	e, err := newEngine("http://engine.test", 10*time.Second)
+	harness.Must(t, err)
+	var held atomic.Int64
+	hang := make(chan struct{})
+	e.client.HTTPClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+		resp := &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r}
+		body := io.Reader(strings.NewReader(smallStats))
+		if strings.Contains(r.URL.Path, "/long") {
+			rest := readerFunc(func([]byte) (int, error) { <-hang; return 0, io.EOF })
+			some := io.LimitReader(readerFunc(func(p []byte) (int, error) {
+				held.Add(int64(len(p)))
+				return len(p), nil
+			}), maxStats/2)
+			body = io.MultiReader(some, rest)
+		}
+		resp.Body = io.NopCloser(body)
+		return resp, nil
+	})
+	const many = 200
+	var wait sync.WaitGroup
+	var refused atomic.Int64
+	for i := range many {
+		wait.Go(func() {
+			_, err := e.stats(t.Context(), fmt.Sprint("long", i), new(bytes.Buffer))
+			if err != nil && err.Error() == errNoRoom.Error() {
+				if refused.Add(1) == many-maxLong/(maxStats/2-usualAnswer) {
+					close(hang)
+				}
+			}
+		})
+	}
+	<-hang // all that there is no room for are refused, and the others are still held
+	var body bytes.Buffer
+	if _, err := e.stats(t.Context(), "short", &body); err != nil || body.String() != smallStats {
+		t.Errorf("a short one: %v", err)
+	}
+	wait.Wait()
+	if left := e.long.Load(); left != maxLong {
+		t.Errorf("at last there is room for %d bytes", left)
+	}
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+type roundTrip func(r *http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }

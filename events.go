@@ -17,9 +17,10 @@ type events struct {
 
 	started, ended, failed, killed, unhealthy count
 
-	until time.Time  // up to when the engine was asked, by its clock
-	asked time.Time  // when that was, by ours
-	seen  []eventKey // the last ones, oldest first
+	until time.Time         // up to when the engine was asked, by its clock
+	asked time.Time         // when that was, by ours
+	seen  map[eventKey]bool // the last ones
+	order []eventKey        // the same, oldest first
 	news  news
 }
 
@@ -33,8 +34,13 @@ const (
 	// overlap is how much of what was asked for is asked for again: an event can come into the
 	// engine's memory a little after its time.
 	overlap = 2 * time.Second
-	// memory of events. The engine's has 256, so none is taken for new that is still in there.
-	maxSeen = 1024
+	// minSeen is how many events are remembered at least. Docker's memory has 256, so none is
+	// taken for new that is still in there.
+	minSeen = 1024
+	// maxAsked is the longest time to ask for, once an answer could not be read.
+	maxAsked = 10 * time.Minute
+	// maxKey bounds id and action of an event, in bytes. Real ones have less than 100.
+	maxKey = 256
 )
 
 // poll asks for what happened since the last time. It returns the ids of containers that are not
@@ -65,6 +71,8 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 		for _, counter := range es.counters() {
 			*counter.count = counted(0)
 		}
+	case errors.As(err, new(rubbish)) && until.Sub(es.until) > maxAsked:
+		// Too many, most likely: to ask for ever more would not help.
 	case err != nil:
 		return nil
 	}
@@ -74,7 +82,11 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 			changed = append(changed, id)
 		}
 	}
-	es.seen = slices.Delete(es.seen, 0, max(len(es.seen)-maxSeen, 0))
+	tooMany := max(len(es.order)-max(minSeen, len(all)), 0) // all may be in the next answer, too
+	for _, key := range es.order[:tooMany] {
+		delete(es.seen, key)
+	}
+	es.order = slices.Delete(es.order, 0, tooMany)
 	return changed
 }
 
@@ -83,10 +95,14 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 func (es *events) take(one *event, counts bool) (changed string) {
 	action := cmp.Or(one.Action, one.Status)
 	key := eventKey{cmp.Or(one.Actor.ID, one.ID), action, one.TimeNano}
-	if one.Type != "" && one.Type != "container" || slices.Contains(es.seen, key) {
+	if one.Type != "" && one.Type != "container" || len(key.id)+len(action) > maxKey || es.seen[key] {
 		return ""
 	}
-	es.seen = append(es.seen, key)
+	if es.seen == nil {
+		es.seen = map[eventKey]bool{}
+	}
+	es.seen[key] = true
+	es.order = append(es.order, key)
 	if !counts {
 		return ""
 	}

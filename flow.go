@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"sync"
 	"time"
 )
@@ -23,6 +24,7 @@ const (
 // flow limits the calls in flight. It begins with a few, and doubles that whenever there is no
 // answer for a while. With an engine that answers at its ticks, it begins with all.
 type flow struct {
+	most  int // there are connections for, 0 for maxInFlight
 	limit int // fixed number of calls, 0 to find it out
 	all   int // sweeps left that begin with all
 }
@@ -32,9 +34,11 @@ func (f *flow) inTicks() { f.all = patience }
 
 // run calls do with 0 to n-1, each in its own goroutine, and returns when all are done.
 func (f *flow) run(n int, do func(i int)) {
-	most, allowed := maxInFlight, fewInFlight
+	most := cmp.Or(f.most, maxInFlight)
+	allowed := min(fewInFlight, most)
 	if f.limit > 0 {
-		most, allowed = f.limit, f.limit
+		most = min(f.limit, most)
+		allowed = most
 	}
 	if f.all > 0 {
 		f.all--

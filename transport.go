@@ -10,6 +10,7 @@ import (
 	"os"
 	"regexp"
 	"strconv"
+	"sync/atomic"
 	"time"
 )
 
@@ -18,7 +19,7 @@ const (
 	maxHeader = 64 << 10 // of an answer, in bytes
 	// Bounds of JSON. Each value takes memory, however short it is.
 	maxNesting = 100
-	maxEntries = 50_000   // of the outermost array or object
+	maxEntries = 50_000   // of a list, or events
 	fewValues  = 16 << 10 // an answer with more has to have perValue bytes for each of the others
 	perValue   = 8        // real answers have 15 and more
 )
@@ -30,13 +31,13 @@ type transport struct {
 	most int64 // bytes of an answer's body; what is more is cut
 }
 
-// newTransport allows timeout for a connection, and the same again for TLS: a context ends neither
-// of them.
+// newTransport allows timeout for a connection, and a little more for TLS, so that a call that ends
+// with its context always has the same error: a context ends neither of them.
 func newTransport(timeout time.Duration) *http.Transport {
 	return &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
 		DialContext:            (&net.Dialer{Timeout: timeout}).DialContext,
-		TLSHandshakeTimeout:    timeout,
+		TLSHandshakeTimeout:    timeout + time.Second,
 		MaxResponseHeaderBytes: maxHeader,
 		DisableCompression:     true, // unpacked, an answer could be a thousand times as long
 	}
@@ -75,6 +76,37 @@ func maxConnections() int {
 	return max(min(files-others, maxInFlight), 1)
 }
 
+// Bounds of answers from the engine that are in memory at the same time, in bytes.
+const (
+	usualAnswer = 64 << 10 // counts for nothing
+	maxLong     = 64 << 20 // of all that is longer
+)
+
+// metered reads an answer. What is longer than usual needs room, which all answers share: hundreds
+// that are as long as one may be would be a gigabyte.
+type metered struct {
+	io.Reader
+	room  *atomic.Int64
+	read  int64
+	taken int64 // of the room
+}
+
+func (m *metered) Read(p []byte) (n int, err error) {
+	n, err = m.Reader.Read(p)
+	m.read += int64(n)
+	if more := m.read - usualAnswer - m.taken; more > 0 {
+		m.taken += more
+		if m.room.Add(-more) < 0 {
+			return n, errNoRoom
+		}
+	}
+	return n, err
+}
+
+var errNoRoom = errors.New("too many long answers at the same time")
+
+func (m *metered) release() { m.room.Add(m.taken) }
+
 // checkJSON returns why an answer is not to be decoded, though it may be JSON: a decoder's stack
 // grows with its depth, and memory with its values. What is in strings, such as labels, does not
 // count.
@@ -84,18 +116,23 @@ func checkJSON(body []byte) error {
 		return nil // as the usual stats answer
 	}
 	depth, entries, values := 0, 0, 0
+	var outermost byte
 	for i := 0; i < len(body); i++ {
 		switch body[i] {
 		case '"':
 			i = endOfString(body, i)
 		case '[', '{':
+			if depth == 0 {
+				outermost = body[i]
+				entries++ // an event: they follow each other
+			}
 			depth++
 			values++
 		case ']', '}':
 			depth = max(depth-1, 0)
 		case ',':
 			values++
-			if depth == 1 {
+			if depth == 1 && outermost == '[' {
 				entries++
 			}
 		}
@@ -104,7 +141,7 @@ func checkJSON(body []byte) error {
 		}
 	}
 	switch {
-	case entries >= maxEntries:
+	case entries > maxEntries:
 		return fmt.Errorf("the answer has over %d entries", maxEntries)
 	case values > fewValues+len(body)/perValue:
 		return errors.New("the answer has too many values for its length")
