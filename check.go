@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"strconv"
@@ -12,13 +11,13 @@ import (
 	"text/tabwriter"
 )
 
-// check writes to w what the rules make of each running container: one line each, in columns that
+// check returns what the rules make of each running container: one line each, in columns that
 // scripts can split at blanks, with a remark at the end. ok is false if containers collide or one
-// cannot be named. The error is one of the engine or of w.
-func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) {
+// cannot be named. The error is the engine's.
+func check(ctx context.Context, c *collector) (text string, ok bool, err error) {
 	now, err := c.survey(ctx)
 	if err != nil {
-		return false, err
+		return "", false, err
 	}
 	nameAll(ctx, c, now)
 	var lines strings.Builder
@@ -47,11 +46,9 @@ func check(ctx context.Context, c *collector, w io.Writer) (ok bool, err error) 
 	}
 	table.Flush() // writing to a Builder cannot fail
 	for line := range strings.Lines(lines.String()) {
-		if _, err := fmt.Fprintln(w, strings.TrimRight(line, " \n")); err != nil {
-			return false, err
-		}
+		text += strings.TrimRight(line, " \n") + "\n"
 	}
-	return now.collisions == 0 && len(now.unnamed) == 0, nil
+	return text, now.collisions == 0 && len(now.unnamed) == 0, nil
 }
 
 // nameAll names the containers whose image only inspect knows.

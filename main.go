@@ -85,7 +85,7 @@ func newLogger(w io.Writer, opts *options) *slog.Logger {
 		}
 		return fitAttr(a)
 	}
-	return slog.New(slog.NewTextHandler(w, handling))
+	return slog.New(bounded{slog.NewTextHandler(w, handling), new(said)})
 }
 
 // fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
@@ -158,13 +158,19 @@ func sampler(opts *options, log *slog.Logger) *collector {
 // own.
 func checkNames(ctx context.Context, opts *options, log *slog.Logger) error {
 	quiet := sampler(opts, slog.New(slog.DiscardHandler)) // the table says everything
-	ok, err := check(ctx, quiet, os.Stdout)
+	table, ok, err := check(ctx, quiet)
 	if err != nil {
 		log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))
-	} else if !ok {
-		err = errors.New("not every container has its own name")
+		return err
 	}
-	return err
+	if _, err := fmt.Print(table); err != nil {
+		log.Error("cannot write to standard output", "error", errorText(err))
+		return err
+	}
+	if !ok {
+		return errors.New("not every container has its own name")
+	}
+	return nil
 }
 
 // pipeline takes metrics from the collector, through the queue, to the receiver.
@@ -173,7 +179,6 @@ type pipeline struct {
 	queue     *queue
 	delivery  *delivery
 	service   *service
-	receiver  string // for the log
 	log       *slog.Logger
 }
 
@@ -205,9 +210,7 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 			to.idle(opts.poll)
 		}
 	}
-	return &pipeline{
-		collector: c, queue: q, delivery: d, service: s, receiver: to.address, log: log,
-	}, nil
+	return &pipeline{collector: c, queue: q, delivery: d, service: s, log: log}, nil
 }
 
 // sweep polls all containers and queues their metrics.
@@ -235,7 +238,7 @@ func (p *pipeline) once(polling, sending context.Context) error {
 		p.log.Error("stopped by a signal before all was polled")
 	}
 	p.delivery.patient = true // for the exit status
-	err := p.delivery.deliver(sending)
+	err := p.await(p.deliver(sending), sending)
 	if !p.delivery.to.remote && len(result.metrics) > 0 { // somebody tries it
 		p.log.Warn("cpu.percent needs two polls, so --once has none")
 	}
@@ -247,31 +250,43 @@ func (p *pipeline) once(polling, sending context.Context) error {
 
 // daemon polls until polling ends, and delivers until everything is delivered or sending ends.
 func (p *pipeline) daemon(polling, sending context.Context, every time.Duration) {
-	attrs := []any{"version", version(), "to", p.receiver, "docker", p.collector.engine, "poll", every}
+	attrs := []any{"version", version(), "to", p.delivery.to.address,
+		"docker", p.collector.engine, "poll", every}
 	if s := p.delivery.store.spool; s != nil {
 		attrs = append(attrs, "spool", s.dir)
 	}
 	p.log.Info("started", attrs...)
 	p.service.ready()
-	delivered := make(chan struct{})
-	go func() {
-		defer close(delivered)
-		_ = p.delivery.deliver(sending) // its log says what was not delivered
-	}()
+	delivered := p.deliver(sending)
 	poll(polling, func() schedule { return newSchedule(every, p.collector.hostName()) },
 		func(ctx context.Context) { p.sweep(ctx) }, p.log)
 	p.log.Info("ending")
 	p.service.ending()
 	p.queue.close()
+	_ = p.await(delivered, sending) // the log says what was not delivered
+}
+
+// deliver begins to deliver. Its result comes when that has ended.
+func (p *pipeline) deliver(sending context.Context) <-chan error {
+	delivered := make(chan error, 1)
+	go func() { delivered <- p.delivery.deliver(sending) }()
+	return delivered
+}
+
+// await waits until everything is delivered, or sending has ended and the disk had its time.
+func (p *pipeline) await(delivered <-chan error, sending context.Context) error {
 	select {
-	case <-delivered:
-		return
+	case err := <-delivered:
+		return err
 	case <-sending.Done():
 	}
-	// No context ends a write to standard output whose reader has stopped reading.
+	// No context ends a write to standard output that nobody reads.
 	select {
-	case <-delivered:
-	case <-time.After(time.Second):
-		p.log.Error("ended before everything was delivered", "error", context.Cause(sending))
+	case err := <-delivered:
+		return err
+	case <-time.After(storeWait + time.Second):
+		err := context.Cause(sending)
+		p.log.Error("ended before everything was delivered", "error", err)
+		return err
 	}
 }

@@ -875,3 +875,97 @@ func TestHintInTheImage(t *testing.T) {
 		}
 	}
 }
+
+// Very many containers or files with the same trouble do not fill the log, nor hide another line.
+func TestTheSameMessageIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var out bytes.Buffer
+		logger := newLogger(&out, &options{verbose: true})
+		for hour := range 2 {
+			for i := range 3 * maxLines {
+				logger.With("to", i%7).Error("container cannot be read", "container", i)
+				logger.Debug("polled")
+			}
+			logger.Info("container can be read again")
+			text := out.String()
+			out.Reset()
+			if strings.Count(text, "cannot be read") != maxLines || strings.Count(text, "again") != 1 ||
+				strings.Count(text, "polled") != 3*maxLines ||
+				strings.Count(text, `more="left out for an hour"`) != 1 {
+				t.Errorf("hour %d:\n%s", hour, text)
+			}
+			time.Sleep(time.Hour)
+		}
+	})
+}
+
+// What stands in a query without a name, or with odd separators, is a secret as well, and so are
+// the credentials of a proxy.
+func TestAllCredentialsAreKnown(t *testing.T) {
+	t.Cleanup(func() { secrets = nil })
+	t.Setenv("https_proxy", "http://user:proxyword@proxy:3128")
+	for _, address := range []string{"http://h/publish/docker?hunter2token",
+		"http://h/publish/docker?token=hunter2token;a=b", "http://h/publish/docker?token=hunter2token%zz",
+		"http://h/publish/docker?token=hunter2%74oken"} {
+		secrets = nil
+		if _, err := parseOptions([]string{"--backstop=" + address}); err != nil {
+			t.Error(err)
+		}
+		for _, said := range []string{"bad token hunter2token", "user proxyword unknown",
+			base64.StdEncoding.EncodeToString([]byte("user:proxyword"))} {
+			if shown := firstLine(said); !strings.Contains(shown, mask) ||
+				strings.Contains(shown, "hunter2token") || strings.Contains(shown, "proxyword") {
+				t.Errorf("%s: %s", address, shown)
+			}
+		}
+	}
+	secrets = nil
+	secrets.addFrom("http://h/publish/docker")
+	if len(secrets) > 0 {
+		t.Errorf("there are secrets without any: %q", secrets)
+	}
+}
+
+// A disk that is slow when the time to stop is up still gets its two seconds.
+func TestEndWaitsForTheDisk(t *testing.T) {
+	t.Parallel()
+	log := &harness.Log{}
+	r := harness.NewReplay(t, "cgroup2")
+	c, _ := collecting(t, r.URL, time.Second)
+	q := newQueue(1<<20, log.Logger())
+	st, err := newStore(q, &spool{dir: newDir(t), log: log.Logger()})
+	harness.Must(t, err)
+	polling, stop := context.WithCancel(t.Context())
+	sending, abort := context.WithCancelCause(t.Context())
+	st.mu.Lock() // the disk hangs
+	to := destination{name: "Backstop", remote: true, post: func(ctx context.Context, _ []byte) error {
+		stop()
+		abort(errors.New("time is up"))
+		time.AfterFunc(storeWait*3/4, st.mu.Unlock)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}}
+	p := &pipeline{collector: c, queue: q, delivery: newDelivery(to, st, log.Logger()),
+		service: newService(time.Hour, q), log: log.Logger()}
+	p.daemon(polling, sending, time.Hour)
+	if got := log.String(); !strings.Contains(got, "kept=") || strings.Contains(got, "lost=") {
+		t.Errorf("logged\n%s", got)
+	}
+}
+
+// A page full of escapes costs little to search for secrets.
+func BenchmarkFirstLine(b *testing.B) {
+	secrets.addFrom("http://user:password@h/publish/docker")
+	b.Cleanup(func() { secrets = nil })
+	for name, page := range map[string]string{
+		"html":    strings.Repeat("<p>Bad gateway, please try again</p> ", 500),
+		"escapes": strings.Repeat(`%26amp;%2541\u0041+&#37;41`, 700),
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				firstLine(page)
+			}
+		})
+	}
+}

@@ -40,18 +40,19 @@ func decimal(f float64) (v value, ok bool) {
 	return value{uint64(thousandths), true}, true
 }
 
-// parseValue is the reverse of append. ok is false for text that append never makes.
+// parseValue is the reverse of append. ok is false for what is no such value, or has over three
+// decimals.
 func parseValue(text string) (v value, ok bool) {
 	units, decimals, hasPoint := strings.Cut(text, ".")
 	n, err := strconv.ParseUint(units, 10, 64)
 	if err != nil || !hasPoint {
 		return whole(n), err == nil
 	}
-	if len(decimals) > 3 {
+	if decimals == "" || len(decimals) > 3 {
 		return value{}, false
 	}
 	thousandths, err := strconv.ParseUint((decimals + "00")[:3], 10, 64)
-	if err != nil || len(decimals) == 0 || n > math.MaxUint64/1000-1 {
+	if err != nil || n > math.MaxUint64/1000-1 {
 		return value{}, false
 	}
 	return value{n*1000 + thousandths, true}, true

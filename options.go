@@ -9,10 +9,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/docker/go-units"
 )
@@ -44,8 +46,6 @@ const (
 	// Bounds of --spool-limit, in bytes. A sweep of over a thousand containers fits into minSpool.
 	minSpool = 1 << 20
 	maxSpool = 1 << 50
-	// maxConcurrency is more than any engine has containers.
-	maxConcurrency = 10_000
 )
 
 // options are the values of all options, checked.
@@ -126,7 +126,8 @@ func (o *options) table() []option {
 				"(default: as many as it needs, up to 512)"},
 		{name: "check", set: into(&o.check, strconv.ParseBool),
 			help: "show what --prefix makes of each running container, send nothing,\n" +
-				"and exit: 0, or 1 if two containers get one name"},
+				"and exit: 0, or 1 if a container gets no name of its own or the\n" +
+				"engine does not answer"},
 		{name: "once", set: into(&o.once, strconv.ParseBool),
 			help: "poll once, deliver, and exit: 0, or 1 if anything failed"},
 		{name: "verbose", set: into(&o.verbose, strconv.ParseBool),
@@ -176,6 +177,9 @@ func parseOptions(args []string) (*options, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, proxy := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"} {
+		secrets.addFrom(os.Getenv(proxy))
+	}
 	slices.SortStableFunc(table, func(a, b option) int { return cmp.Compare(a.order, b.order) })
 	for _, opt := range table {
 		text, from, err := opt.lookUp(flags)
@@ -191,8 +195,11 @@ func parseOptions(args []string) (*options, error) {
 		if err := opt.checkWrapping(text); err != nil {
 			return nil, fmt.Errorf("%s: %w", from, err)
 		}
-		err = opt.set(text)
 		isFile := from != "" && from == opt.variable()+"_FILE"
+		if isFile && opt.name == "spool" && !filepath.IsAbs(text) {
+			return nil, opt.unfitFile(from) // one word may be a password: no folder is named so
+		}
+		err = opt.set(text)
 		switch {
 		case err != nil && opt.value == "":
 			return nil, fmt.Errorf("%s must be true or false", from)
@@ -414,17 +421,20 @@ func parsePoll(text string) (time.Duration, error) {
 	return poll, nil
 }
 
-// parseHost takes any name but an address: that was meant for another option.
+// hostName matches what can be the name of a host, and few passwords: the name gets into Graphite.
+var hostName = regexp.MustCompile(`^[\pL\pN_.-]{1,255}$`)
+
 func parseHost(text string) (string, error) {
-	if strings.Contains(text, "@") || strings.Contains(text, "://") {
-		return "", fmt.Errorf("%s is not the name of a host", shown(text))
+	if !hostName.MatchString(text) {
+		return "", fmt.Errorf("%s is not the name of a host: write letters, digits, dots, - and _",
+			shown(text))
 	}
 	return text, nil
 }
 
 // parseSpool returns the absolute path of a folder that can be a spool.
 func parseSpool(text string) (string, error) {
-	if strings.Contains(text, "://") {
+	if strings.Contains(text, "://") || strings.ContainsFunc(text, unicode.IsControl) {
 		return "", fmt.Errorf("%s is not the path of a folder", shown(text))
 	}
 	dir, err := filepath.Abs(text)
@@ -452,9 +462,9 @@ func parseSpoolLimit(text string) (int64, error) {
 
 func parseConcurrency(text string) (int, error) {
 	n, err := strconv.Atoi(text)
-	if err != nil || n < 1 || n > maxConcurrency {
+	if err != nil || n < 1 || n > maxInFlight {
 		return 0, fmt.Errorf("%s is not a number from 1 to %d; "+
-			"leave it out for the default, which suits most engines", shown(text), maxConcurrency)
+			"leave it out for the default, which suits most engines", shown(text), maxInFlight)
 	}
 	return n, nil
 }

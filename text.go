@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
@@ -9,6 +10,7 @@ import (
 	"html"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -16,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -30,9 +33,9 @@ const program = "docker-stats-to-backstop"
 
 // Bounds of what is shown, in bytes.
 const (
-	maxForeign = 200      // of a text of others
-	maxShown   = 1 << 10  // of a text with such texts in it
-	maxRead    = 16 << 10 // of what is read to find the above
+	maxForeign = 200     // of a text of others
+	maxShown   = 1 << 10 // of a text with such texts in it
+	maxRead    = 2 << 10 // of what is read to find the above
 )
 
 // fit makes one line of text, of most bytes at most: without secrets and without what is not
@@ -155,14 +158,22 @@ func (ss *secretTexts) addFrom(address string) {
 		return // a path may have an @
 	}
 	address, query, _ := strings.Cut(address, "?")
-	values, _ := url.ParseQuery(query)
-	for _, list := range values {
-		ss.add(list...)
+	for _, pair := range strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' }) {
+		key, value, _ := strings.Cut(pair, "=")
+		value = cmp.Or(value, key) // a token
+		ss.add(value)
+		if plain, err := url.QueryUnescape(value); err == nil {
+			ss.add(plain)
+		}
 	}
 	if _, rest, found := strings.Cut(address, "//"); found {
 		address = rest
 	}
-	raw := address[:max(strings.LastIndex(address, "@"), 0)]
+	at := strings.LastIndex(address, "@")
+	if at < 0 {
+		return
+	}
+	raw := address[:at]
 	plain, err := url.PathUnescape(raw)
 	if err != nil {
 		plain = raw
@@ -205,8 +216,11 @@ func (ss secretTexts) hide(text string, most int) string {
 		if l.depth == maxDepth {
 			continue
 		}
-		for _, read := range escapes {
-			if below := l.unescape(read); !seen[below.text] {
+		for _, kind := range escapes {
+			if !strings.ContainsFunc(l.text, kind.isStart) {
+				continue
+			}
+			if below := l.unescape(kind.read); !seen[below.text] {
 				seen[below.text] = true
 				layers = append(layers, below)
 			}
@@ -295,10 +309,13 @@ func (l layer) mark(secret string, isCut bool, hidden []bool) {
 	}
 }
 
-// escapes read an escape of a URL, a query, HTML, and of Go or JSON at the start of a text, and
-// what is not printable.
-var escapes = []func(text string) (meaning string, size int){
-	func(text string) (string, int) {
+// escapes are those of a URL, a query, HTML, and of Go or JSON, and what is not printable. read
+// reads one at the start of a text.
+var escapes = []struct {
+	isStart func(r rune) bool
+	read    func(text string) (meaning string, size int)
+}{
+	{is('%'), func(text string) (string, int) {
 		if len(text) < 3 || text[0] != '%' {
 			return "", 0
 		}
@@ -307,21 +324,21 @@ var escapes = []func(text string) (meaning string, size int){
 			return "", 0
 		}
 		return string(b), 3
-	},
-	func(text string) (string, int) {
+	}},
+	{is('+'), func(text string) (string, int) {
 		if text[0] != '+' {
 			return "", 0
 		}
 		return " ", 1
-	},
-	func(text string) (string, int) {
+	}},
+	{is('&'), func(text string) (string, int) {
 		if text[0] != '&' {
 			return "", 0
 		}
 		size := strings.IndexByte(text[:min(len(text), 12)], ';') + 1
 		return html.UnescapeString(text[:size]), size
-	},
-	func(text string) (string, int) {
+	}},
+	{is('\\'), func(text string) (string, int) {
 		if len(text) < 2 || text[0] != '\\' {
 			return "", 0
 		}
@@ -337,15 +354,18 @@ var escapes = []func(text string) (meaning string, size int){
 			return string(r), len(start) - len(rest)
 		}
 		return string([]byte{byte(r)}), len(start) - len(rest)
-	},
-	func(text string) (string, int) {
+	}},
+	{isJunk, func(text string) (string, int) {
 		r, size := utf8.DecodeRuneInString(text)
 		if isJunk(r) {
 			return "", size
 		}
 		return text[:size], size
-	},
+	}},
 }
+
+// is returns a function that reports whether a rune is r.
+func is(r rune) func(rune) bool { return func(other rune) bool { return other == r } }
 
 // withoutUser returns u without the parts that may be secret.
 func withoutUser(u *url.URL) string {
@@ -460,4 +480,52 @@ func (n *news) isAllowed(text string) bool {
 	n.said, n.at = text, now
 	n.lines++
 	return true
+}
+
+// maxLines is how many lines with the same message are logged in an hour: very many containers, or
+// files, can have the same trouble.
+const maxLines = 200
+
+// bounded is a handler that bounds the log, but for what --verbose adds.
+type bounded struct {
+	slog.Handler
+	said *said
+}
+
+// said counts lines by their message.
+type said struct {
+	mu    sync.Mutex
+	since time.Time // when the hour began
+	lines map[string]int
+}
+
+func (s *said) count(message string, now time.Time) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Sub(s.since) >= time.Hour {
+		s.since, s.lines = now, map[string]int{}
+	}
+	s.lines[message]++
+	return s.lines[message]
+}
+
+func (b bounded) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelInfo {
+		switch n := b.said.count(r.Message, r.Time); {
+		case n > maxLines:
+			return nil
+		case n == maxLines:
+			r = r.Clone()
+			r.AddAttrs(slog.String("more", "left out for an hour"))
+		}
+	}
+	return b.Handler.Handle(ctx, r)
+}
+
+func (b bounded) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return bounded{b.Handler.WithAttrs(attrs), b.said}
+}
+
+func (b bounded) WithGroup(name string) slog.Handler {
+	return bounded{b.Handler.WithGroup(name), b.said}
 }
