@@ -162,8 +162,8 @@ func (b *backstop) post(ctx context.Context, body []byte) error {
 }
 
 // insist sends a request and, if a server error answers it, the same again. If one of several
-// Backstops behind a balancer is broken, the next one gets it. To wait first, and to begin with the
-// lead again, could keep step with the balancer for ever.
+// Backstops behind a balancer is broken, the next one gets it. Waiting first, or beginning with the
+// lead again, could meet the same broken one each time.
 func (b *backstop) insist(ctx context.Context, body []byte) error {
 	for tries := 1; ; tries++ {
 		err := b.request(ctx, body)

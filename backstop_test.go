@@ -243,6 +243,7 @@ func TestReceiverHints(t *testing.T) {
 			if err != nil {
 				return
 			}
+			conn.Read(make([]byte, 1<<10))
 			io.WriteString(conn, "\x15\x03\x01\x00\x02\x02\x16") // a TLS alert
 			conn.Close()
 		}

@@ -24,13 +24,13 @@ type collector struct {
 	alive      func() // called after each answer; may be nil
 	log        *slog.Logger
 
-	size   int    // of the last sweep, in metrics, and some more
-	flow   flow   // of the calls to the engine
-	about  about  // what the engine says about itself
-	met    bool   // whether the engine answered last time
-	server string // what the engine calls itself
-	news   news   // of the engine
-	skew   news   // of its clock
+	size     int    // room for the metrics of a sweep: those of the last one, and an eighth
+	flow     flow   // of the calls to the engine
+	about    about  // what the engine says about itself
+	answered bool   // whether the engine answered last time
+	server   string // what the engine calls itself
+	news     news   // what was last logged of the engine
+	skew     news   // the same of its clock
 }
 
 // about is what an engine said about itself.
@@ -103,14 +103,14 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 	return result
 }
 
-// manyStopped is up to how many stopped containers they are asked for in each list, to be counted:
-// one costs the engine about 0.1 ms. Of more, /info tells the number, every now and then.
+// manyStopped is up to how many stopped containers each poll lists and counts them: one costs the
+// engine about 0.1 ms. Above that, /info tells their number every ten minutes.
 const manyStopped = 200
 
 // survey lists the engine's containers, gives names to those that run, and asks what happened since
 // the last time. An engine that is new, failed last time or was upgraded is first asked what it is.
 func (c *collector) survey(ctx context.Context) (*census, error) {
-	fresh := !c.met || c.engine.changed.Load()
+	fresh := !c.answered || c.engine.changed.Load()
 	if fresh {
 		server, err := c.engine.hello(ctx)
 		if err != nil {
@@ -132,7 +132,7 @@ func (c *collector) survey(ctx context.Context) (*census, error) {
 	}
 	now, everything := time.Now(), len(list)
 	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
-	if c.met = true; c.news.isNew("it is " + c.server + c.engine.api) {
+	if c.answered = true; c.news.isNew("it is " + c.server + c.engine.api) {
 		c.log.Info("Docker engine answers", "engine", c.server, "api", c.engine.api,
 			"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
 	}
@@ -198,7 +198,7 @@ func (c *collector) hear(within time.Duration) {
 	}
 }
 
-// origin returns what of the engine makes a difference for the meaning of its answers.
+// origin returns the host's CPUs and memory, as /info tells them.
 func (c *collector) origin() origin {
 	return origin{cpus: c.about.NCPU.n, memory: c.about.MemTotal.n}
 }
@@ -223,7 +223,7 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // we are ending, not the engine
 	}
-	c.met = false
+	c.answered = false
 	if text := errorText(err) + engineHint(err); c.news.isNew(text) {
 		c.log.Error("Docker engine does not answer", "error", text)
 	}
@@ -387,7 +387,8 @@ func (s *sampling) name(ctx context.Context, late *imageless) error {
 	return err
 }
 
-// sample asks for the container and collects its metrics. One that is between two runs has few.
+// sample asks for the container and collects its metrics. One that waits for its restart sends only
+// .restarts.
 func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 	if s.known.restarting {
 		if err := s.inspect(ctx); err != nil {
@@ -430,8 +431,8 @@ func (s *sampling) lookAgain(ctx context.Context) error {
 	return err
 }
 
-// inspect asks what only inspect tells. It returns nil if the container runs. If it waits to be
-// restarted, there is one thing to tell about it.
+// inspect asks what only inspect tells. It returns nil if the container runs. If it waits for its
+// restart, .restarts is added.
 func (s *sampling) inspect(ctx context.Context) error {
 	now, err := s.engine.inspect(ctx, s.known.id)
 	if err != nil {

@@ -35,7 +35,7 @@ type container struct {
 	restarting bool   // whether it waits to be started again
 
 	facts
-	checkedAt time.Time  // when they were last known to be right, by the engine's clock
+	checkedAt time.Time  // when inspect was last asked, by the engine's clock
 	stale     bool       // whether they may have changed since then
 	last      *cpuSample // nil if there is none to compare with
 	news      news
@@ -78,7 +78,7 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 	for i := range list {
 		listed := &list[i]
 		id := listed.ID
-		if id == "" { // not to be asked, and to be told from others
+		if id == "" { // it cannot be asked, and needs an id of its own here
 			id = "entry " + strconv.Itoa(i+1)
 			now.unnamed[id] = errors.New("the engine's list has no id of it")
 		}

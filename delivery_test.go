@@ -1717,9 +1717,14 @@ func TestDeliveryRemembersWhatIsLeft(t *testing.T) {
 func TestRetriesBeginAnewAfterAConfirmation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const proof, poll = 5 * time.Second, 4 * time.Second
-		var posted, tries []time.Time
-		down := false
+		var (
+			mu            sync.Mutex
+			posted, tries []time.Time
+			down          bool
+		)
 		to := destination{name: "Carbon", remote: true, post: func(context.Context, []byte) error {
+			mu.Lock()
+			defer mu.Unlock()
 			if down {
 				tries = append(tries, time.Now())
 				return errors.New("connection refused")
@@ -1728,6 +1733,8 @@ func TestRetriesBeginAnewAfterAConfirmation(t *testing.T) {
 			return nil
 		}}
 		to.confirm = func() (delivered int, again time.Time, err error) {
+			mu.Lock()
+			defer mu.Unlock()
 			for len(posted) > 0 && time.Since(posted[0]) >= proof {
 				posted = posted[1:]
 				delivered++
@@ -1741,11 +1748,15 @@ func TestRetriesBeginAnewAfterAConfirmation(t *testing.T) {
 		done := make(chan error)
 		go func() { done <- q.deliver(t.Context()) }()
 		for range 3 {
-			down, tries = true, nil
 			for i := range 100 {
+				mu.Lock()
+				if i == 0 {
+					tries = nil
+				}
+				down = i < 10
+				mu.Unlock()
 				q.put(points(i, 1))
 				time.Sleep(poll)
-				down = i < 10
 			}
 			if first := tries[1].Sub(tries[0]); first > 3*time.Second {
 				t.Errorf("the first retry came after %s", first)

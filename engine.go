@@ -650,7 +650,8 @@ func (f forbidden) Error() string {
 
 func (f forbidden) Unwrap() error { return f.status }
 
-// isRefusal reports whether err is an answer that will not be another one next time.
+// isRefusal reports whether asking again is pointless after err: a status 501, or 4xx but for 408
+// and 429.
 func isRefusal(err error) bool {
 	var status *docker.Error
 	if !errors.As(err, &status) {

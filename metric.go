@@ -18,9 +18,6 @@ type metric struct {
 	time  int64 // Unix seconds
 }
 
-// name is the metric's name in Graphite.
-func (m metric) name() string { return m.path + m.own }
-
 // value is a number that is never negative: either whole, with all digits of a uint64, or with up
 // to three decimals.
 type value struct {

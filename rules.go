@@ -147,8 +147,6 @@ func (s ruleSource) explain(err error) error {
 	return fmt.Errorf("not JSON, at %s: %w; %s", at, err, form)
 }
 
-var ruleKeys = []string{"regexp", "into", "from", "category", "drop"}
-
 // parseRule reads one rule.
 func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	if raw[0] != '{' {
@@ -166,9 +164,6 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 		key := strings.ToLower(token.(string)) // encoding/json ignores case too
 		var value json.RawMessage
 		decoder.Decode(&value)
-		if !slices.Contains(ruleKeys, key) {
-			return r, fmt.Errorf("unknown key %q; the keys are %s", token, strings.Join(ruleKeys, ", "))
-		}
 		if given[key] {
 			return r, fmt.Errorf("the key %q is there twice", key)
 		}
@@ -185,6 +180,8 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 			r.category, err = s.stringOf(key, value)
 		case "drop":
 			r.drop, err = boolOf(key, value)
+		default:
+			err = fmt.Errorf("unknown key %q; the keys are regexp, into, from, category, drop", token)
 		}
 		if err != nil {
 			return r, err

@@ -54,7 +54,7 @@ func (s schedule) next(tick, now time.Time) time.Time {
 	return s.after(now)
 }
 
-// slowFor is how long sweeps have to be in time until slow ones count as over.
+// slowFor is how long polls have to be in time until the log says that they are.
 const slowFor = time.Minute
 
 // poll calls sweep at once and then at each tick, until ctx ends. Ticks that pass during a sweep

@@ -35,9 +35,8 @@ type spool struct {
 	foreign bool   // that there are foreign files
 	news    news   // of the folder
 	bad     []file // set aside, oldest first
-	// Delivered or dropped, but perhaps still there: the folder may be away. They do not count: a
-	// disk from which nothing can be removed takes nothing either, and to drop more would free
-	// no room.
+	// litter are files that could not be removed yet. They do not count for the limit: where nothing
+	// can be removed, dropping more would free no room.
 	litter []file
 }
 

@@ -19,6 +19,9 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
+// name is the metric's name in Graphite.
+func (m metric) name() string { return m.path + m.own }
+
 // flattened returns the metrics of s, as those of c.
 func flattened(s *stats, from origin, per details) []metric {
 	var f flattener

@@ -460,7 +460,8 @@ type news struct {
 	lines int       // in that hour
 }
 
-// isNew reports whether text is to be logged now. What is too much is so later, if it still holds.
+// isNew reports whether text is to be logged now. Beyond maxNews lines an hour it has to wait, and
+// is logged later if it still holds.
 func (n *news) isNew(text string) bool { return text != n.said && n.isAllowed(text) }
 
 // isOld reports whether text is to be logged again: nothing was for a long time.
