@@ -1758,8 +1758,8 @@ func TestRetriesBeginAnewAfterAConfirmation(t *testing.T) {
 				q.put(points(i, 1))
 				time.Sleep(poll)
 			}
-			if first := tries[1].Sub(tries[0]); first > 3*time.Second {
-				t.Errorf("the first retry came after %s", first)
+			if len(tries) < 2 || tries[1].Sub(tries[0]) > 3*time.Second {
+				t.Errorf("tried at %s", tries)
 			}
 		}
 		q.close()
