@@ -1483,7 +1483,7 @@ func TestLongInspectAnswersAreNotKept(t *testing.T) {
 	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"Image":"sha256:`+strings.Repeat("a", 64)+
 		`","Status":"Up 3 hours"}]`)
 	c.containers.rules = mustRules(t, `{"from":"image","regexp":"^(.*)$","into":"$1"}`)
-	long := strings.Repeat("x", 1<<20)
+	long := strings.Repeat("x", maxStats/3)
 	s.container("1", `{"State":{"Running":true,"Health":{"Status":"`+long+`"}},"Config":{"Image":"`+long+
 		`"}}`, smallStats)
 	c.sweep(t.Context())
@@ -1516,6 +1516,25 @@ func TestInfoThatGetsWorse(t *testing.T) {
 	for range 3 {
 		c.about.askedAt = time.Time{}
 		wants(t, "/info has no numbers", c.sweep(t.Context()), "h.containers.stopped 1")
+	}
+}
+
+// Where inspect fails after the stats came, they are sent, and nothing waits for it.
+func TestStatsDoNotWaitForInspect(t *testing.T) {
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+	s.container("1", "", smallStats)
+	handler, asked := s.Config.Handler, 0
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/containers/1/json" {
+			asked++
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+		handler.ServeHTTP(w, r)
+	})
+	result := c.sweep(t.Context())
+	wants(t, "inspect fails", result, "web.memory.usage 1", "!web.uptime", "h.metrics.failed 1")
+	if asked != 1 {
+		t.Errorf("inspect was asked %d times", asked)
 	}
 }
 

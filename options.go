@@ -182,36 +182,42 @@ func parseOptions(args []string) (*options, error) {
 	}
 	slices.SortStableFunc(table, func(a, b option) int { return cmp.Compare(a.order, b.order) })
 	for _, opt := range table {
-		text, from, err := opt.lookUp(flags)
-		if err != nil {
+		if err := opt.parse(flags); err != nil {
 			return nil, err
 		}
-		if text == "" {
-			continue
-		}
-		if opt.address {
-			secrets.addFrom(text)
-		}
-		if err := opt.checkWrapping(text); err != nil {
-			return nil, fmt.Errorf("%s: %w", from, err)
-		}
-		isFile := from != "" && from == opt.variable()+"_FILE"
-		if isFile && opt.name == "spool" && !filepath.IsAbs(text) {
-			return nil, opt.unfitFile(from) // one word may be a password: no folder is named so
-		}
-		err = opt.set(text)
-		switch {
-		case err != nil && opt.value == "":
-			return nil, fmt.Errorf("%s must be true or false", from)
-		case err != nil && isFile && !opt.discreet:
-			return nil, opt.unfitFile(from)
-		case err != nil:
-			return nil, fmt.Errorf("%s: %w", from, err)
-		case o.version:
-			return o, nil // the other options do not matter
+		if o.version { // the other options do not matter
+			return o, nil
 		}
 	}
 	return o, nil
+}
+
+// parse finds the value of the option and sets it.
+func (opt *option) parse(flags map[string]string) error {
+	text, from, err := opt.lookUp(flags)
+	if err != nil || text == "" {
+		return err
+	}
+	if opt.address {
+		secrets.addFrom(text)
+	}
+	if err := opt.checkWrapping(text); err != nil {
+		return fmt.Errorf("%s: %w", from, err)
+	}
+	isFile := !opt.flagOnly && from == opt.variable()+"_FILE"
+	if isFile && opt.name == "spool" && !filepath.IsAbs(text) {
+		return opt.unfitFile(from) // one word may be a password: no folder is named so
+	}
+	err = opt.set(text)
+	switch {
+	case err == nil:
+		return nil
+	case opt.value == "":
+		return fmt.Errorf("%s must be true or false", from)
+	case isFile && !opt.discreet:
+		return opt.unfitFile(from)
+	}
+	return fmt.Errorf("%s: %w", from, err)
 }
 
 // checkWrapping refuses a value with the quotes or the name that belong around it in another place.
