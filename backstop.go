@@ -53,6 +53,8 @@ type destination struct {
 	// posts, oldest first, are delivered, and when to ask again. With an error, all others have
 	// to be posted again.
 	confirm func() (delivered int, again time.Time, err error)
+	// watch has progress called whenever a part of a post is through; nil if posts are short.
+	watch func(progress func())
 	// idle is called with the time until the next post; nil if that does not matter.
 	idle func(time.Duration)
 }
@@ -357,11 +359,14 @@ func hint(resp *http.Response, line string) string {
 // receiverHint returns what to do about a receiver that cannot be reached, after "; ", or nothing.
 func receiverHint(err error) string {
 	var (
+		op     *net.OpError
 		name   *net.DNSError
 		issuer x509.UnknownAuthorityError
 	)
 	says := func(text string) bool { return strings.Contains(err.Error(), text) }
 	switch {
+	case errors.As(err, &op) && op.Op == "proxyconnect":
+		return "; that is the proxy in HTTPS_PROXY or HTTP_PROXY"
 	case errors.As(err, &name) && name.IsNotFound:
 		return "; check the name of the host in --backstop"
 	case errors.As(err, &issuer):

@@ -265,6 +265,10 @@ func TestReceiverHints(t *testing.T) {
 	if got := receiverHint(unknown); got != "; check the name of the host in --backstop" {
 		t.Errorf("unknown host: %s", got)
 	}
+	proxy := &net.OpError{Op: "proxyconnect", Net: "tcp", Err: unknown}
+	if got := receiverHint(proxy); !strings.Contains(got, "HTTPS_PROXY") {
+		t.Errorf("unknown proxy: %s", got)
+	}
 	if got := receiverHint(io.EOF); got != "" {
 		t.Errorf("anything else: %s", got)
 	}

@@ -24,8 +24,9 @@ const (
 	carbonConnect = 10 * time.Second
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
-	// carbonWhole is how long Carbon may take for a batch: less than the watchdog waits.
-	carbonWhole = maxFlight - time.Minute
+	// carbonMost is how long Carbon may take for what goes over one connection: less than the watchdog
+	// waits.
+	carbonMost = maxFlight - time.Minute
 	// carbonProof is how long Carbon has to live after reading a batch. carbon-cache has written
 	// the batch to the disk by then, or has left the time for that in its own queue.
 	carbonProof = 5 * time.Second
@@ -48,6 +49,8 @@ type carbon struct {
 	connect time.Duration // see the constants
 	stall   time.Duration
 	proof   time.Duration
+
+	progress func() // called after each connection; may be nil
 
 	witnesses []*witness // the last is the current one
 	readings  []reading  // oldest first
@@ -100,7 +103,7 @@ func newCarbon(text string) (*carbon, error) {
 
 func (c *carbon) destination() destination {
 	return destination{name: "Carbon", address: c.url.String(), remote: true,
-		post: c.post, confirm: c.confirm}
+		post: c.post, confirm: c.confirm, watch: func(progress func()) { c.progress = progress }}
 }
 
 // post writes a body from encode. It returns nil when Carbon has read it; confirm reports
@@ -110,8 +113,6 @@ func (c *carbon) post(ctx context.Context, body []byte) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, carbonWhole, errCarbonSlow)
-	defer cancel()
 	w, err := c.openWitness(ctx)
 	if err != nil {
 		return err
@@ -121,6 +122,9 @@ func (c *carbon) post(ctx context.Context, body []byte) error {
 		if err := c.write(ctx, w.conn.RemoteAddr().String(), lines); err != nil {
 			c.closeUnused()
 			return err
+		}
+		if c.progress != nil {
+			c.progress()
 		}
 	}
 	c.readings = append(c.readings, reading{time.Now(), w})
@@ -146,8 +150,8 @@ func (c *carbon) portions(metrics []metric) (portions [][]byte) {
 var errNotCarbon = errors.New("it answers, which Carbon's plaintext protocol never does: " +
 	"check host and port")
 
-// errCarbonSlow is what is wrong when a batch takes too long.
-var errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonWhole)
+// errCarbonSlow is what is wrong when that takes too long.
+var errCarbonSlow = fmt.Errorf("it did not read %d metrics within %s", carbonLines, carbonMost)
 
 // errCarbonGone is what is wrong when a witness has ended.
 var errCarbonGone = errors.New("it closed the silent connection that shows whether it " +
@@ -223,6 +227,8 @@ func (c *carbon) dial(ctx context.Context, address string) (*net.TCPConn, error)
 
 // write opens a connection for lines, and waits until Carbon has read all of them.
 func (c *carbon) write(ctx context.Context, address string, lines []byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, carbonMost, errCarbonSlow)
+	defer cancel()
 	conn, err := c.dial(ctx, address)
 	if err != nil {
 		return err

@@ -45,10 +45,11 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 			cmp.Or(known.category, "-"), metrics, fit(remark, maxShown))
 	}
 	table.Flush() // writing to a Builder cannot fail
+	var trimmed strings.Builder
 	for line := range strings.Lines(lines.String()) {
-		text += strings.TrimRight(line, " \n") + "\n"
+		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
 	}
-	return text, now.collisions == 0 && len(now.unnamed) == 0, nil
+	return trimmed.String(), now.collisions == 0 && len(now.unnamed) == 0, nil
 }
 
 // nameAll names the containers whose image only inspect knows.

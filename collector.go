@@ -176,6 +176,7 @@ func (c *collector) hear(within time.Duration) {
 		if call.info.Stopped.absent() {
 			call.info.Stopped = c.about.Stopped
 		}
+		call.info.Name = cmp.Or(call.info.Name, c.about.Name)
 		c.about.info, c.about.askedAt = call.info, time.Now()
 	}
 	if err == nil || isRefusal(err) {
@@ -467,10 +468,7 @@ func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
 		now, err := s.engine.inspect(ctx, known.id)
 		if err != nil {
 			known.last = nil // nobody knows whether it was restarted
-			if isGone(err) {
-				return err
-			}
-			return rubbish{fmt.Errorf("its uptime: %v", err)} // not doubtful: its stats came
+			return noUptime{err}
 		}
 		known.learn(now, s.now)
 	}

@@ -57,6 +57,9 @@ func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 	d := &delivery{to: to, queue: q, store: st, pending: pending{queue: q, confirm: to.confirm},
 		pauses: newPauses(usualPace), rest: func() {}, log: log, most: maxBatch}
 	d.outage.earlier = q.late > 0
+	if to.watch != nil {
+		to.watch(q.progresses)
+	}
 	return d
 }
 
@@ -221,7 +224,7 @@ func (d *delivery) judge(ctx context.Context, f *flight) error {
 	}
 	for i := range probes {
 		err := d.to.post(ctx, probe)
-		d.queue.posted(f.batch, 0, err)
+		d.queue.progresses()
 		switch {
 		case err == nil:
 			d.good, d.newest = probe, false
@@ -282,7 +285,7 @@ func (d *delivery) delivered(b *batch, start time.Time) {
 	switch {
 	case d.news.isNew(""):
 		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
-	case o.earlier:
+	case o.earlier && o.delivered > 0:
 		d.log.Info("metrics of the earlier run are delivered", after...)
 	case !d.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)

@@ -565,7 +565,7 @@ func TestStoreIsOvertaken(t *testing.T) {
 	harness.Must(t, q.send(t.Context(), b))
 	f, err := q.spool.write(packed, b.oldest, count)
 	harness.Must(t, err)
-	q.store.hasStored(b, f, count)
+	q.store.hasStored(b, f, packed)
 	q.store.update()
 	if left := files(t, dir); len(left) != 0 || q.waiting() != 0 {
 		t.Errorf("left %q, %d wait", left, q.waiting())

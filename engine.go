@@ -58,7 +58,7 @@ type engine struct {
 	inTicks bool        // whether it is known to answer for stats once a second only
 	podman  bool
 	clock   clock
-	long    atomic.Int64 // bytes of long answers that there is still room for: see metered
+	long    chan struct{} // a value for each long answer that is being read
 }
 
 // clock is how far an engine's clock is ahead of ours: between least and most, as the times in
@@ -125,9 +125,8 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 	client.HTTPClient.CheckRedirect = func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // another server would be asked
 	}
-	e := &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}
-	e.long.Store(maxLong)
-	return e, nil
+	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout,
+		long: make(chan struct{}, maxLong)}, nil
 }
 
 const wantEndpoint = "want one such as unix:///var/run/docker.sock or tcp://host:2375"
@@ -602,8 +601,8 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	if resp.StatusCode/100 != 2 {
 		limit = maxError
 	}
-	answer := &metered{Reader: io.LimitReader(resp.Body, limit+1), room: &e.long}
-	defer answer.release()
+	answer := &inTurn{Reader: io.LimitReader(resp.Body, limit+1), ctx: ctx, turns: e.long}
+	defer answer.end()
 	_, err = body.ReadFrom(answer)
 	if resp.StatusCode/100 != 2 {
 		var message struct{ Message string }
@@ -621,10 +620,7 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 		if ctx.Err() != nil {
 			return nil, plainly(ctx, err)
 		}
-		if !errors.Is(err, errNoRoom) {
-			err = fmt.Errorf("the answer broke off: %w", err)
-		}
-		return nil, rubbish{err}
+		return nil, rubbish{fmt.Errorf("the answer broke off: %w", err)}
 	}
 	if int64(body.Len()) > limit {
 		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
@@ -683,11 +679,21 @@ var errRestarting = errors.New("it waits to be restarted")
 // that of a container whose process has just ended.
 var errNoTime = rubbish{errors.New("its stats answer has no time of reading")}
 
+// noUptime is why inspect did not tell a container's uptime.
+type noUptime struct{ error }
+
+func (n noUptime) Error() string { return "its uptime: " + n.error.Error() }
+
+func (n noUptime) Unwrap() error { return n.error }
+
 // isDoubtful reports whether err, of a stats call, is one that engines also have for a container
 // that does not run: an answer with nothing in it, or such a status.
 func isDoubtful(err error) bool {
 	var status *docker.Error
-	if !errors.As(err, &status) {
+	switch {
+	case errors.As(err, new(noUptime)): // its stats came
+		return false
+	case !errors.As(err, &status):
 		return errors.Is(err, errStopped) || errors.Is(err, errNoTime)
 	}
 	switch status.Status {
@@ -751,7 +757,8 @@ func engineHint(err error) string {
 	case says("malformed HTTP response"),
 		errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
 		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
-	case errors.As(err, &status) && status.Status == http.StatusNotFound, errors.As(err, new(rubbish)):
+	case errors.As(err, &status) && status.Status == http.StatusNotFound,
+		errors.As(err, new(*json.SyntaxError)):
 		return "; is --docker the address of a Docker engine?"
 	}
 	return ""

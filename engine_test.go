@@ -854,48 +854,50 @@ func FuzzEvents(f *testing.F) {
 	fuzzDecoding(f, "events.json", func(body []byte) { _, _ = decodeEvents(body) })
 }
 
-// Answers that are longer than usual share a bounded room. The others do not need it.
-func TestLongAnswersShareTheirRoom(t *testing.T) {
-	e, err := newEngine("http://engine.test", 10*time.Second)
+// Of answers that are longer than usual, few are read at a time. The others do not wait for them.
+func TestLongAnswersHaveTheirTurn(t *testing.T) {
+	e, err := newEngine("http://engine.test", time.Hour)
 	harness.Must(t, err)
-	var held atomic.Int64
-	hang := make(chan struct{})
+	const many = 200
+	read, hang := make(chan struct{}, many), make(chan struct{})
 	e.client.HTTPClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
-		resp := &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r}
 		body := io.Reader(strings.NewReader(smallStats))
 		if strings.Contains(r.URL.Path, "/long") {
-			rest := readerFunc(func([]byte) (int, error) { <-hang; return 0, io.EOF })
-			some := io.LimitReader(readerFunc(func(p []byte) (int, error) {
-				held.Add(int64(len(p)))
-				return len(p), nil
-			}), maxStats/2)
-			body = io.MultiReader(some, rest)
+			rest := readerFunc(func([]byte) (int, error) {
+				read <- struct{}{}
+				<-hang
+				return 0, io.EOF
+			})
+			body = io.MultiReader(strings.NewReader(strings.Repeat(" ", maxStats/2)), body, rest)
 		}
-		resp.Body = io.NopCloser(body)
-		return resp, nil
+		return &http.Response{StatusCode: http.StatusOK, Header: http.Header{}, Request: r,
+			Body: io.NopCloser(body)}, nil
 	})
-	const many = 200
 	var wait sync.WaitGroup
-	var refused atomic.Int64
 	for i := range many {
 		wait.Go(func() {
-			_, err := e.stats(t.Context(), fmt.Sprint("long", i), new(bytes.Buffer))
-			if err != nil && err.Error() == errNoRoom.Error() {
-				if refused.Add(1) == many-maxLong/(maxStats/2-usualAnswer) {
-					close(hang)
-				}
+			if _, err := e.stats(t.Context(), fmt.Sprint("long", i), new(bytes.Buffer)); err != nil {
+				t.Error(err)
 			}
 		})
 	}
-	<-hang // all that there is no room for are refused, and the others are still held
+	for range maxLong {
+		<-read
+	}
 	var body bytes.Buffer
 	if _, err := e.stats(t.Context(), "short", &body); err != nil || body.String() != smallStats {
 		t.Errorf("a short one: %v", err)
 	}
-	wait.Wait()
-	if left := e.long.Load(); left != maxLong {
-		t.Errorf("at last there is room for %d bytes", left)
+	if n := len(read); n > 0 {
+		t.Errorf("%d more are read", n)
 	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := e.stats(ctx, "long", new(bytes.Buffer)); !errors.Is(err, context.Canceled) {
+		t.Errorf("one that was cancelled: %v", err)
+	}
+	close(hang)
+	wait.Wait()
 }
 
 type readerFunc func(p []byte) (int, error)

@@ -17,11 +17,12 @@ type events struct {
 
 	started, ended, failed, killed, unhealthy count
 
-	until time.Time         // up to when the engine was asked, by its clock
-	asked time.Time         // when that was, by ours
-	seen  map[eventKey]bool // the last ones
-	order []eventKey        // the same, oldest first
-	news  news
+	until  time.Time         // up to when the engine was asked, by its clock
+	asked  time.Time         // when that was, by ours
+	broken time.Time         // since when answers could not be read, zero if they can
+	seen   map[eventKey]bool // the last ones
+	order  []eventKey        // the same, oldest first
+	news   news
 }
 
 // eventKey tells one event from all others.
@@ -37,8 +38,8 @@ const (
 	// minSeen is how many events are remembered at least. Docker's memory has 256, so none is
 	// taken for new that is still in there.
 	minSeen = 1024
-	// maxAsked is the longest time to ask for, once an answer could not be read.
-	maxAsked = 10 * time.Minute
+	// maxBroken is for how long events whose answers cannot be read are asked for again.
+	maxBroken = 10 * time.Minute
 	// maxKey bounds id and action of an event, in bytes. Real ones have less than 100.
 	maxKey = 256
 )
@@ -71,12 +72,18 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 		for _, counter := range es.counters() {
 			*counter.count = counted(0)
 		}
-	case errors.As(err, new(rubbish)) && until.Sub(es.until) > maxAsked:
-		// Too many, most likely: to ask for ever more would not help.
+	case errors.As(err, new(rubbish)):
+		if es.broken.IsZero() {
+			es.broken = now
+		}
+		if now.Sub(es.broken) < maxBroken {
+			return nil
+		}
+		// Too many, most likely: asking for ever more would not help.
 	case err != nil:
 		return nil
 	}
-	es.until, es.asked = until, now
+	es.until, es.asked, es.broken = until, now, time.Time{}
 	for i := range all {
 		if id := es.take(&all[i], !first); id != "" {
 			changed = append(changed, id)

@@ -885,9 +885,11 @@ func TestTheSameMessageIsBounded(t *testing.T) {
 			logger.Info("container can be read again")
 			text := out.String()
 			out.Reset()
-			if strings.Count(text, "cannot be read") != maxLines || strings.Count(text, "again") != 1 ||
+			if strings.Count(text, `msg="container cannot be read"`) != maxLines ||
+				strings.Count(text, "again") != 1 ||
 				strings.Count(text, "polled") != 3*maxLines ||
-				strings.Count(text, `more="left out for an hour"`) != 1 {
+				strings.Count(text, `more="left out for an hour"`) != 1 ||
+				strings.Count(text, ` message="container cannot be read" lines=400`) != hour {
 				t.Errorf("hour %d:\n%s", hour, text)
 			}
 			time.Sleep(time.Hour)
@@ -902,7 +904,7 @@ func TestAllCredentialsAreKnown(t *testing.T) {
 	t.Setenv("https_proxy", "http://user:proxyword@proxy:3128")
 	for _, address := range []string{"http://h/publish/docker?hunter2token",
 		"http://h/publish/docker?token=hunter2token;a=b", "http://h/publish/docker?token=hunter2token%zz",
-		"http://h/publish/docker?token=hunter2%74oken"} {
+		"http://h/publish/docker?token=hunter2%74oken", "http://h/publish/docker?token=hunter2token#x"} {
 		secrets = nil
 		if _, err := parseOptions([]string{"--backstop=" + address}); err != nil {
 			t.Error(err)
@@ -937,7 +939,7 @@ func TestEndWaitsForTheDisk(t *testing.T) {
 	to := destination{name: "Backstop", remote: true, post: func(ctx context.Context, _ []byte) error {
 		stop()
 		abort(errors.New("time is up"))
-		time.AfterFunc(storeWait*3/4, st.mu.Unlock)
+		time.AfterFunc(storeWait/4, st.mu.Unlock)
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}}

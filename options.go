@@ -377,10 +377,13 @@ func (o *options) warnOfVariables(log *slog.Logger) {
 	}
 }
 
-// isMistyped reports whether one typing mistake makes typed of meant: a letter or two too many, one
-// too few or wrong, or two swapped.
+// isMistyped reports whether one typing mistake makes typed of meant: a letter too many, too few or
+// wrong, two swapped, or two too many at the end.
 func isMistyped(typed, meant string) bool {
 	a, b := typed, meant
+	if end, ok := strings.CutPrefix(typed, meant); ok && len(end) == 2 {
+		return true
+	}
 	for a != "" && b != "" && a[0] == b[0] {
 		a, b = a[1:], b[1:]
 	}
@@ -388,7 +391,7 @@ func isMistyped(typed, meant string) bool {
 		a, b = a[:len(a)-1], b[:len(b)-1]
 	}
 	swapped := len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
-	return len(a) <= 1 && len(b) <= 1 || len(a) == 2 && b == "" || swapped
+	return len(a) <= 1 && len(b) <= 1 || swapped
 }
 
 // parseDestination takes the value of --backstop.
@@ -427,11 +430,12 @@ func parsePoll(text string) (time.Duration, error) {
 	return poll, nil
 }
 
-// hostName matches what can be the name of a host, and few passwords: the name gets into Graphite.
-var hostName = regexp.MustCompile(`^[\pL\pN_.-]{1,255}$`)
+// hostName matches what can be the name of a host, and not much else: a file that was named by
+// mistake must not get into Graphite.
+var hostName = regexp.MustCompile(`^[A-Za-z0-9_.-]*[A-Za-z0-9][A-Za-z0-9_.-]*$`)
 
 func parseHost(text string) (string, error) {
-	if !hostName.MatchString(text) {
+	if !hostName.MatchString(text) || len(text) > maxNode {
 		return "", fmt.Errorf("%s is not the name of a host: write letters, digits, dots, - and _",
 			shown(text))
 	}

@@ -237,13 +237,18 @@ func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
 	return nil, wait
 }
 
-// posted counts a request with so many metrics of b; 0 for one without.
+// progresses says that delivery does not hang.
+func (q *queue) progresses() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.progress = time.Now()
+}
+
+// posted counts a request with so many metrics of b.
 func (q *queue) posted(b *batch, metrics int, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.progress = time.Now(); metrics == 0 {
-		return
-	}
+	q.progress = time.Now()
 	if b.tried {
 		q.figures.retried += uint64(metrics)
 	}

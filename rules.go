@@ -71,7 +71,7 @@ func openRules(text string) (ruleSource, error) {
 		// --prefix without a value takes the next option for it.
 		return ruleSource{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
 	}
-	if _, err := os.Stat(text); err == nil && !isJSON {
+	if info, err := os.Stat(text); err == nil && info.Mode().IsRegular() {
 		return ruleSource{}, fmt.Errorf("not a rule, but the path of a file; "+
 			"put an @ before it to read the rules from there: @%s", oneLine(text))
 	}
@@ -230,9 +230,8 @@ func compileRule(r *rule, pattern string) (err error) {
 	if err := checkTemplate(r.into, r.regexp); err != nil {
 		return err
 	}
-	takesMuch := strings.Contains(pattern, ".*") || strings.Contains(pattern, ".+")
-	if r.into != "" && strings.Trim(r.into, ".") == "" && r.regexp.NumSubexp() > 0 && takesMuch {
-		return fmt.Errorf(`"into" is only %s, and no group is in it: `+
+	if isEmptied(r, pattern) {
+		return fmt.Errorf(`"into" is only %q, and no group is in it: `+
 			"a shell removed those, such as $1, if the rule was in double quotes; %s", r.into, quoting)
 	}
 	if r.category == "" {
@@ -248,6 +247,17 @@ func compileRule(r *rule, pattern string) (err error) {
 			"Carbon aggregates metrics with such an ending differently; choose another name", r.category)
 	}
 	return nil
+}
+
+// isEmptied reports whether nothing of a name would be left, though r has groups: a shell takes $1
+// for a variable of its own.
+func isEmptied(r *rule, pattern string) bool {
+	if !r.rename || r.regexp.NumSubexp() == 0 || strings.Trim(r.into, "._-") != "" {
+		return false
+	}
+	start := strings.TrimPrefix(pattern, "^")
+	takesAll := strings.HasPrefix(start, "(.*)") || strings.HasPrefix(start, "(.+)")
+	return matchesAll(pattern, false) || takesAll && r.into != ""
 }
 
 // checkFrom refuses a "from" that rules cannot see.

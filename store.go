@@ -93,7 +93,7 @@ func (st *store) update() {
 		tried = true
 		var f file
 		if f, err = st.spool.write(packed, b.oldest, count); err == nil {
-			st.hasStored(b, f, count)
+			st.hasStored(b, f, packed)
 		}
 	}
 	if tried {
@@ -235,8 +235,8 @@ func (st *store) nextToStore() (b *batch, packed []byte, count int) {
 	return nil, nil, 0
 }
 
-// hasStored gives b its file, which has so many metrics.
-func (st *store) hasStored(b *batch, f file, count int) {
+// hasStored gives b its file, which has what is packed.
+func (st *store) hasStored(b *batch, f file, packed []byte) {
 	q := st.queue
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -244,7 +244,7 @@ func (st *store) hasStored(b *batch, f file, count int) {
 		q.disk.litter = append(q.disk.litter, f)
 		return
 	}
-	b.file, b.size, b.extra = f.name, f.size, b.count != count
+	b.file, b.size, b.extra = f.name, f.size, &b.packed[0] != &packed[0]
 	if b != q.inFlight && !b.extra {
 		b.packed = nil
 	}

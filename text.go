@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
@@ -158,9 +157,13 @@ func (ss *secretTexts) addFrom(address string) {
 		return // a path may have an @
 	}
 	address, query, _ := strings.Cut(address, "?")
-	for _, pair := range strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' }) {
+	query, _, _ = strings.Cut(query, "#")
+	for _, pair := range slices.Concat(strings.Split(query, "&"),
+		strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' })) {
 		key, value, _ := strings.Cut(pair, "=")
-		value = cmp.Or(value, key) // a token
+		if value == "" && len(key) >= telling {
+			value = key // a token
+		}
 		ss.add(value)
 		if plain, err := url.QueryUnescape(value); err == nil {
 			ss.add(plain)
@@ -403,7 +406,7 @@ func readText(path string) (string, error) {
 
 // fileRemedy says what to do about a file that readText could not read: as a rule, usual.
 func fileRemedy(err error, usual string) string {
-	if errors.Is(err, fs.ErrPermission) {
+	if errors.Is(err, fs.ErrPermission) && os.Getuid() >= 0 { // not on Windows
 		return fmt.Sprintf("let this user (uid %d) read it", os.Getuid())
 	}
 	return usual
@@ -500,25 +503,36 @@ type said struct {
 	lines map[string]int
 }
 
-func (s *said) count(message string, now time.Time) int {
+// count counts a line. If an hour is over, it returns the counts of that.
+func (s *said) count(message string, now time.Time) (n int, before map[string]int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if now.Sub(s.since) >= time.Hour {
+		before = s.lines
 		s.since, s.lines = now, map[string]int{}
 	}
 	s.lines[message]++
-	return s.lines[message]
+	return s.lines[message], before
 }
 
 func (b bounded) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level >= slog.LevelInfo {
-		switch n := b.said.count(r.Message, r.Time); {
-		case n > maxLines:
-			return nil
-		case n == maxLines:
-			r = r.Clone()
-			r.AddAttrs(slog.String("more", "left out for an hour"))
+	if r.Level < slog.LevelInfo {
+		return b.Handler.Handle(ctx, r)
+	}
+	n, before := b.said.count(r.Message, r.Time)
+	for message, lines := range before {
+		if lines > maxLines {
+			sum := slog.NewRecord(r.Time, slog.LevelWarn, "lines were left out of the log", 0)
+			sum.AddAttrs(slog.String("message", message), slog.Int("lines", lines-maxLines))
+			_ = b.Handler.Handle(ctx, sum)
 		}
+	}
+	switch {
+	case n > maxLines:
+		return nil
+	case n == maxLines:
+		r = r.Clone()
+		r.AddAttrs(slog.String("more", "left out for an hour"))
 	}
 	return b.Handler.Handle(ctx, r)
 }

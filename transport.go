@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -10,7 +11,6 @@ import (
 	"os"
 	"regexp"
 	"strconv"
-	"sync/atomic"
 	"time"
 )
 
@@ -76,36 +76,41 @@ func maxConnections() int {
 	return max(min(files-others, maxInFlight), 1)
 }
 
-// Bounds of answers from the engine that are in memory at the same time, in bytes.
 const (
-	usualAnswer = 64 << 10 // counts for nothing
-	maxLong     = 64 << 20 // of all that is longer
+	usualAnswer = 64 << 10 // bytes
+	// maxLong is how many longer answers of the engine are read at the same time. Hundreds that are
+	// as long as one may be would be a gigabyte.
+	maxLong = 24
 )
 
-// metered reads an answer. What is longer than usual needs room, which all answers share: hundreds
-// that are as long as one may be would be a gigabyte.
-type metered struct {
+// inTurn reads an answer. If it is long, it waits for its turn.
+type inTurn struct {
 	io.Reader
-	room  *atomic.Int64
-	read  int64
-	taken int64 // of the room
+	ctx   context.Context
+	turns chan struct{}
+	read  int
+	has   bool // its turn
 }
 
-func (m *metered) Read(p []byte) (n int, err error) {
-	n, err = m.Reader.Read(p)
-	m.read += int64(n)
-	if more := m.read - usualAnswer - m.taken; more > 0 {
-		m.taken += more
-		if m.room.Add(-more) < 0 {
-			return n, errNoRoom
+func (a *inTurn) Read(p []byte) (n int, err error) {
+	if a.read > usualAnswer && !a.has {
+		select {
+		case a.turns <- struct{}{}:
+			a.has = true
+		case <-a.ctx.Done():
+			return 0, a.ctx.Err()
 		}
 	}
+	n, err = a.Reader.Read(p)
+	a.read += n
 	return n, err
 }
 
-var errNoRoom = errors.New("too many long answers at the same time")
-
-func (m *metered) release() { m.room.Add(m.taken) }
+func (a *inTurn) end() {
+	if a.has {
+		<-a.turns
+	}
+}
 
 // checkJSON returns why an answer is not to be decoded, though it may be JSON: a decoder's stack
 // grows with its depth, and memory with its values. What is in strings, such as labels, does not
