@@ -363,7 +363,6 @@ func receiverHint(err error) string {
 		name   *net.DNSError
 		issuer x509.UnknownAuthorityError
 	)
-	says := func(text string) bool { return strings.Contains(err.Error(), text) }
 	switch {
 	case errors.As(err, &op) && op.Op == "proxyconnect":
 		return "; that is the proxy in HTTPS_PROXY or HTTP_PROXY"
@@ -371,9 +370,9 @@ func receiverHint(err error) string {
 		return "; check the name of the host in --backstop"
 	case errors.As(err, &issuer):
 		return "; add the certificate of that authority to this system's"
-	case says("HTTP response to HTTPS client"), says("does not look like a TLS handshake"):
+	case lacksTLS(err):
 		return "; there is no TLS at that address: should --backstop begin with http://?"
-	case says("malformed HTTP response"):
+	case isNoHTTP(err):
 		return "; is this TLS? Then --backstop begins with https://"
 	}
 	return ""

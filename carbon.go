@@ -24,8 +24,8 @@ const (
 	carbonConnect = 10 * time.Second
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
-	// carbonMost is how long Carbon may take for what goes over one connection: less than the watchdog
-	// waits.
+	// carbonMost is how long Carbon may take for what goes over one connection: less than the
+	// watchdog waits.
 	carbonMost = maxFlight - time.Minute
 	// carbonProof is how long Carbon has to live after reading a batch. carbon-cache has written
 	// the batch to the disk by then, or has left the time for that in its own queue.

@@ -1448,8 +1448,9 @@ func TestManyEvents(t *testing.T) {
 		}
 		return b.String()
 	}
-	const real = `{"status":"die","id":"c%[1]d","from":"busybox","Type":"container","Action":"die","Actor":` +
-		`{"ID":"c%[1]d","Attributes":{"exitCode":"0","image":"busybox","name":"n"}},"scope":"local",` +
+	const real = `{"status":"die","id":"c%[1]d","from":"busybox","Type":"container",` +
+		`"Action":"die","Actor":{"ID":"c%[1]d",` +
+		`"Attributes":{"exitCode":"0","image":"busybox","name":"n"}},"scope":"local",` +
 		`"time":1795409680,"timeNano":1795409680000000000}` + "\n"
 	c.sweep(t.Context())
 	s.answers["/events"] = of(20_000, real)
@@ -1471,7 +1472,8 @@ func TestManyEvents(t *testing.T) {
 	if c.events.until == asked {
 		t.Error("it asks for that for ever")
 	}
-	s.answers["/events"] = strings.ReplaceAll(fmt.Sprintf(real, 7), `"c7"`, `"`+strings.Repeat("c", 1<<20)+`"`)
+	long := `"` + strings.Repeat("c", 1<<20) + `"`
+	s.answers["/events"] = strings.ReplaceAll(fmt.Sprintf(real, 7), `"c7"`, long)
 	c.sweep(t.Context())
 	for key := range c.events.seen {
 		if len(key.id) > maxKey {
@@ -1489,8 +1491,8 @@ func TestLongInspectAnswersAreNotKept(t *testing.T) {
 		`","Status":"Up 3 hours"}]`)
 	c.containers.rules = mustRules(t, `{"from":"image","regexp":"^(.*)$","into":"$1"}`)
 	long := strings.Repeat("x", maxStats/3)
-	s.container("1", `{"State":{"Running":true,"Health":{"Status":"`+long+`"}},"Config":{"Image":"`+long+
-		`"}}`, smallStats)
+	s.container("1", `{"State":{"Running":true,"Health":{"Status":"`+long+`"}},`+
+		`"Config":{"Image":"`+long+`"}}`, smallStats)
 	c.sweep(t.Context())
 	known := c.containers.byID["1"]
 	if n := len(known.facts.health) + len(known.image) + len(known.path); n > 3*maxPath {
@@ -1549,8 +1551,8 @@ func TestStatsDoNotWaitForInspect(t *testing.T) {
 
 // A container in a restart loop, or without a name, does not make the engine suspect.
 func TestOnlyConnectionsMakeTheEngineSuspect(t *testing.T) {
-	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/a"],"State":"restarting","Status":"Restarting (1) 2 `+
-		`seconds ago"}]`)
+	s, c, _ := newSmall(t, `[{"Id":"1","Names":["/a"],"State":"restarting",`+
+		`"Status":"Restarting (1) 2 seconds ago"}]`)
 	s.container("1", `{"State":{"Running":true,"Restarting":true}}`, `{}`)
 	handler, pings := s.Config.Handler, new(atomic.Int32)
 	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

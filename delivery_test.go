@@ -758,7 +758,8 @@ func TestDeliveryIsQuietAboutFlapping(t *testing.T) {
 		return nil
 	})
 	tail := got[max(0, strings.LastIndex(got, `msg="Backstop unreachable`)):]
-	if strings.Count(tail, "\n") != 2 || !regexp.MustCompile(`" metrics=[3-6] lasted=`).MatchString(tail) {
+	want := regexp.MustCompile(`" metrics=[3-6] lasted=`)
+	if strings.Count(tail, "\n") != 2 || !want.MatchString(tail) {
 		t.Errorf("logged\n%s", got)
 	}
 }

@@ -749,12 +749,12 @@ func engineHint(err error) string {
 				"--group-add $(stat -c %g /var/run/docker.sock)"
 		}
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused), says("refused"),
-		says("no such host"):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused),
+		says("refused"), says("no such host"):
 		return "; is Docker running, and is --docker its address?"
-	case says("HTTP response to HTTPS client"), says("does not look like a TLS handshake"):
+	case lacksTLS(err):
 		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"
-	case says("malformed HTTP response"),
+	case isNoHTTP(err),
 		errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
 		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
 	case errors.As(err, &status) && status.Status == http.StatusNotFound,

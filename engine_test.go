@@ -876,7 +876,8 @@ func TestLongAnswersHaveTheirTurn(t *testing.T) {
 	var wait sync.WaitGroup
 	for i := range many {
 		wait.Go(func() {
-			if _, err := e.stats(t.Context(), fmt.Sprint("long", i), new(bytes.Buffer)); err != nil {
+			_, err := e.stats(t.Context(), fmt.Sprint("long", i), new(bytes.Buffer))
+			if err != nil {
 				t.Error(err)
 			}
 		})

@@ -102,7 +102,8 @@ func (es *events) poll(ctx context.Context, e *engine) (changed []string) {
 func (es *events) take(one *event, counts bool) (changed string) {
 	action := cmp.Or(one.Action, one.Status)
 	key := eventKey{cmp.Or(one.Actor.ID, one.ID), action, one.TimeNano}
-	if one.Type != "" && one.Type != "container" || len(key.id)+len(action) > maxKey || es.seen[key] {
+	isOther := one.Type != "" && one.Type != "container"
+	if isOther || len(key.id)+len(action) > maxKey || es.seen[key] {
 		return ""
 	}
 	if es.seen == nil {

@@ -903,8 +903,10 @@ func TestAllCredentialsAreKnown(t *testing.T) {
 	t.Cleanup(func() { secrets = nil })
 	t.Setenv("https_proxy", "http://user:proxyword@proxy:3128")
 	for _, address := range []string{"http://h/publish/docker?hunter2token",
-		"http://h/publish/docker?token=hunter2token;a=b", "http://h/publish/docker?token=hunter2token%zz",
-		"http://h/publish/docker?token=hunter2%74oken", "http://h/publish/docker?token=hunter2token#x"} {
+		"http://h/publish/docker?token=hunter2token;a=b",
+		"http://h/publish/docker?token=hunter2token%zz",
+		"http://h/publish/docker?token=hunter2%74oken",
+		"http://h/publish/docker?token=hunter2token#x"} {
 		secrets = nil
 		if _, err := parseOptions([]string{"--backstop=" + address}); err != nil {
 			t.Error(err)
@@ -936,13 +938,14 @@ func TestEndWaitsForTheDisk(t *testing.T) {
 	polling, stop := context.WithCancel(t.Context())
 	sending, abort := context.WithCancelCause(t.Context())
 	st.mu.Lock() // the disk hangs
-	to := destination{name: "Backstop", remote: true, post: func(ctx context.Context, _ []byte) error {
+	to := destination{name: "Backstop", remote: true}
+	to.post = func(ctx context.Context, _ []byte) error {
 		stop()
 		abort(errors.New("time is up"))
 		time.AfterFunc(storeWait/4, st.mu.Unlock)
 		<-ctx.Done()
 		return context.Cause(ctx)
-	}}
+	}
 	p := &pipeline{collector: c, queue: q, delivery: newDelivery(to, st, log.Logger()),
 		service: newService(time.Hour, q), log: log.Logger()}
 	p.daemon(polling, sending, time.Hour)

@@ -74,6 +74,7 @@ type option struct {
 	flagOnly bool   // whether no variable sets it
 	address  bool   // whether the value may have credentials in it
 	discreet bool   // whether errors of set show nothing of the value
+	path     bool   // whether a file with the value has to have an absolute path in it
 	order    int    // options with a lower order are parsed first
 	help     string // each line as --help prints it; %s stands for fallback
 	set      func(text string) error
@@ -112,7 +113,7 @@ func (o *options) table() []option {
 			help: "finer series as well: core, interface, device, or several with\n" +
 				"commas between (default: none)"},
 		{name: "spool", value: "DIR", fallback: state, origin: "STATE_DIRECTORY",
-			set: into(&o.spool, parseSpool),
+			path: true, set: into(&o.spool, parseSpool),
 			help: "keep metrics in this folder until they are delivered, so that they\n" +
 				"survive a restart, a kill and a power cut (default:\n" +
 				"$STATE_DIRECTORY, which systemd sets, else none: they are kept in\n" +
@@ -205,7 +206,7 @@ func (opt *option) parse(flags map[string]string) error {
 		return fmt.Errorf("%s: %w", from, err)
 	}
 	isFile := !opt.flagOnly && from == opt.variable()+"_FILE"
-	if isFile && opt.name == "spool" && !filepath.IsAbs(text) {
+	if isFile && opt.path && !filepath.IsAbs(text) {
 		return opt.unfitFile(from) // one word may be a password: no folder is named so
 	}
 	err = opt.set(text)

@@ -275,12 +275,15 @@ func TestRuleRefusals(t *testing.T) {
 		{`{"regexp":"(.*)","into":"$host_x"}`,
 			`\$host_x names the group "host_x", which the regexp does not have; write \$\{host\}_x, since`},
 		{`{"regexp":"(.*)","into":"${hostname}.$1"}`,
-			`names the group "hostname", which the regexp does not have; the host's name is \$\{host\}$`},
+			`names the group "hostname", which the regexp does not have; ` +
+				`the host's name is \$\{host\}$`},
 		// What a shell leaves of $1.$2 in double quotes
-		{`{"regexp":"(.*)\\..*\\.(.*)","into":"."}`, `^"into" is only "\.", and no group is in it: a shell ` +
-			`removed those, such as \$1, if the rule was in double quotes; put the whole of it in single`},
+		{`{"regexp":"(.*)\\..*\\.(.*)","into":"."}`, `^"into" is only "\.", and no group is in ` +
+			`it: a shell removed those, such as \$1, if the rule was in double quotes; ` +
+			`put the whole of it in single`},
 		{`{"regexp":"^(.*)$","into":""}`, `^"into" is only "", and no group is in it`},
-		{`{"regexp":"^(.+)_(.+)_(\\d+)$","into":".."}`, `^"into" is only "\.\.", and no group is in it`},
+		{`{"regexp":"^(.+)_(.+)_(\\d+)$","into":".."}`,
+			`^"into" is only "\.\.", and no group is in it`},
 		{`prefix_test.go`,
 			`^not a rule, but the path of a file; put an @ before it .*: @prefix_test\.go$`},
 		{`{"regexp":"(.*)","into":"${label:}"}`, `the \$ at byte 1 of \$\{label:\} names no group`},
@@ -306,7 +309,8 @@ func TestRulesThatAreNotRefused(t *testing.T) {
 		`[{"from":"label:a","regexp":"^.*$","into":"b"},{"from":"label:a","regexp":"a","into":"b"}]`,
 		`[{"regexp":".*","into":"${label:a}"},{"regexp":".*","into":"b"}]`,
 		`{"Regexp":"a","INTO":"b"}`, // as in 2015
-		`{"regexp":"(_|-)+","into":"."}`, `{"regexp":"-.*","into":""}`, `{"regexp":"_(.+?)_","into":"."}`,
+		`{"regexp":"(_|-)+","into":"."}`, `{"regexp":"-.*","into":""}`,
+		`{"regexp":"_(.+?)_","into":"."}`,
 		`{"regexp":"(.*)-","into":""}`, `{"regexp":".*","into":"."}`,
 		`{"regexp":"a","into":"b","category":""}`,
 		" [ {\"regexp\" : \"a\" , \"into\" : \"b\"} ] \n",

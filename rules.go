@@ -66,8 +66,10 @@ func openRules(text string) (ruleSource, error) {
 		}
 		return ruleSource{body, path}, err
 	}
-	isJSON := strings.HasPrefix(text, "{") || strings.HasPrefix(text, "[")
-	if !isJSON && strings.Contains(text, "://") {
+	if strings.HasPrefix(text, "{") || strings.HasPrefix(text, "[") {
+		return ruleSource{text: text}, nil
+	}
+	if strings.Contains(text, "://") {
 		// --prefix without a value takes the next option for it.
 		return ruleSource{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
 	}
@@ -181,7 +183,8 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 		case "drop":
 			r.drop, err = boolOf(key, value)
 		default:
-			err = fmt.Errorf("unknown key %q; the keys are regexp, into, from, category, drop", token)
+			const wrong = "unknown key %q; the keys are regexp, into, from, category, drop"
+			err = fmt.Errorf(wrong, token)
 		}
 		if err != nil {
 			return r, err
@@ -231,8 +234,9 @@ func compileRule(r *rule, pattern string) (err error) {
 		return err
 	}
 	if isEmptied(r, pattern) {
-		return fmt.Errorf(`"into" is only %q, and no group is in it: `+
-			"a shell removed those, such as $1, if the rule was in double quotes; %s", r.into, quoting)
+		const wrong = `"into" is only %q, and no group is in it: ` +
+			"a shell removed those, such as $1, if the rule was in double quotes; %s"
+		return fmt.Errorf(wrong, r.into, quoting)
 	}
 	if r.category == "" {
 		return nil

@@ -35,8 +35,8 @@ type spool struct {
 	foreign bool   // that there are foreign files
 	news    news   // of the folder
 	bad     []file // set aside, oldest first
-	// litter are files that could not be removed yet. They do not count for the limit: where nothing
-	// can be removed, dropping more would free no room.
+	// litter are files that could not be removed yet. They do not count for the limit: where
+	// nothing can be removed, dropping more would free no room.
 	litter []file
 }
 

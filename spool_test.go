@@ -144,7 +144,8 @@ func TestSpoolOutlivesItsProcess(t *testing.T) {
 	if left := files(t, dir); len(left) != 0 {
 		t.Errorf("left %q", left)
 	}
-	logged(t, log, 1, `level=INFO msg="metrics of the earlier run are delivered" metrics=5003 lasted=`)
+	logged(t, log, 1, `level=INFO msg="metrics of the earlier run are delivered" `+
+		`metrics=5003 lasted=`)
 	// The next run does not use names again.
 	q, _ = r.spooled(t, dir)
 	q.put(points(0, 1))

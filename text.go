@@ -447,8 +447,8 @@ func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", tim
 func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
 
 const (
-	// maxNews is how many lines about one thing are logged in an hour. The end of trouble may be one
-	// more.
+	// maxNews is how many lines about one thing are logged in an hour. The end of trouble may be
+	// one more.
 	maxNews = 10
 	// repeatAfter is when an outage that goes on is logged again.
 	repeatAfter = time.Hour

@@ -11,6 +11,7 @@ import (
 	"os"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -59,6 +60,16 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}{io.LimitReader(body, t.most), body}
 	return resp, nil
 }
+
+// lacksTLS reports whether err says that the other side does not speak TLS.
+func lacksTLS(err error) bool {
+	text := err.Error()
+	return strings.Contains(text, "HTTP response to HTTPS client") ||
+		strings.Contains(text, "does not look like a TLS handshake")
+}
+
+// isNoHTTP reports whether err says that the other side does not speak HTTP; most often it is TLS.
+func isNoHTTP(err error) bool { return strings.Contains(err.Error(), "malformed HTTP response") }
 
 // maxConnections returns how many connections to the engine there may be, so that the other files
 // that the daemon needs can still be opened.
