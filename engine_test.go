@@ -771,6 +771,7 @@ func FuzzEngineHTTP(f *testing.F) {
 			}
 		}
 		table, _, _ := check(t.Context(), c)
+		c.hear(c.engine.timeout) // what it began to ask
 		for line := range strings.Lines(log.Take() + table) {
 			if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) {
 				t.Errorf("the line %q", line)
