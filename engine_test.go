@@ -859,7 +859,7 @@ func FuzzEvents(f *testing.F) {
 func TestLongAnswersHaveTheirTurn(t *testing.T) {
 	e, err := newEngine("http://engine.test", time.Hour)
 	harness.Must(t, err)
-	const many = 200
+	const many = 2 * maxLong
 	read, hang := make(chan struct{}, many), make(chan struct{})
 	e.client.HTTPClient.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
 		body := io.Reader(strings.NewReader(smallStats))
