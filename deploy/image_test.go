@@ -256,10 +256,10 @@ dtrwxrwxrwx spool/ 0:0`); got != want {
 
 // The documented command, with names of this test
 func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) {
-	host := gateway(t, e)
-	listener, err := net.Listen("tcp", host+":0")
+	address := gateway(t, e)
+	listener, err := net.Listen("tcp", address+":0")
 	harness.Must(t, err)
-	s := listening(t, listener, a, host)
+	s := listening(t, listener, a, address)
 	s.Set("user:password", nil)
 	container, volume := e.Name(t, "it"), strings.ReplaceAll(e.Name(t, "spool"), ".", "-")
 	url := strings.Replace(s.URL, "://", "://user:password@", 1) + "/publish/docker"
@@ -282,10 +282,10 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	engine, err := e.Info()
 	harness.Must(t, err)
 	logs := func() string { out, _ := tryCommand(t, e, "docker logs "+container); return out }
-	// The names of both have one dot, so that prefix leaves them as they are.
-	all := []string{`^` + regexp.QuoteMeta(node(engine.Name)) + `\.metrics\.sampled `,
-		`^` + regexp.QuoteMeta(container) + `\.cpu\.total `,
-		`^` + regexp.QuoteMeta(e.Name(t, "neighbour")) + `\.cpu\.total `}
+	host := node(engine.Name)
+	all := []string{`^` + regexp.QuoteMeta(host) + `\.metrics\.sampled `,
+		`^` + regexp.QuoteMeta(host+"."+container) + `\.cpu\.total `, // by its rule
+		`^` + regexp.QuoteMeta(host+"."+e.Name(t, "neighbour")) + `\.cpu\.total `}
 	await := func() {
 		t.Helper()
 		for _, pattern := range all {
