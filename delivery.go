@@ -56,7 +56,8 @@ func newDelivery(to destination, st *store, log *slog.Logger) *delivery {
 	q := st.queue
 	d := &delivery{to: to, queue: q, store: st, pending: pending{queue: q, confirm: to.confirm},
 		pauses: newPauses(usualPace), rest: func() {}, log: log, most: maxBatch}
-	d.outage.earlier = q.late > 0
+	_, _, since, _ := q.backlog()
+	d.outage.earlier = since != ""
 	if to.watch != nil {
 		to.watch(q.progresses)
 	}

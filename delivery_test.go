@@ -1599,27 +1599,10 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 		len(sure)+len(perhaps), lives, len(perhaps))
 }
 
-// While each fsync takes half a minute, the daemon polls and delivers, and it ends in time.
+// While each fsync takes a minute, the daemon polls and delivers, and it ends in time.
 func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 	t.Parallel()
-	strace, err := exec.LookPath("strace")
-	if err != nil {
-		harness.Cannot(t, "strace makes the disk slow: %v", err)
-	}
-	s, engine := harness.NewStandIn(t), harness.NewReplay(t, "cgroup2")
-	binary, err := exec.LookPath(program)
-	harness.Must(t, err)
-	daemon := exec.Command(strace, "-D", "-f", "-qq", "-o", os.DevNull,
-		"-e", "inject=fsync:delay_enter=30s",
-		binary, "--backstop="+s.URL+"/publish/docker", "--docker="+engine.URL,
-		"--poll=1s", "--host=h", "--spool="+newDir(t))
-	var log bytes.Buffer
-	daemon.Stderr = &log
-	harness.Must(t, daemon.Start())
-	defer daemon.Process.Kill()
-	if err := s.Await(`^h\.metrics\.sampled `, 10, time.Minute); err != nil {
-		t.Errorf("%v\n%s", err, &log)
-	}
+	daemon, log := startOnSlowDisk(t, newDir(t), "fsync")
 	harness.Must(t, daemon.Process.Signal(syscall.SIGTERM)) // with -D, it is the daemon
 	// strace keeps it as a zombie for a while.
 	path := fmt.Sprintf("/proc/%d/stat", daemon.Process.Pid)
@@ -1628,9 +1611,40 @@ func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("it does not end\n%s", &log)
+			t.Fatalf("it does not end\n%s", log)
 		}
 	}
+}
+
+// Nor does the start wait for the disk.
+func TestPollsBeginWhileTheDiskHangs(t *testing.T) {
+	t.Parallel()
+	dir := newDir(t)
+	startOnSlowDisk(t, dir, "newfstatat,openat", "-P", dir) // not of other files
+}
+
+// startOnSlowDisk starts a daemon, and awaits some of its polls. Each of these system calls takes a
+// minute.
+func startOnSlowDisk(t *testing.T, dir, calls string, more ...string) (*exec.Cmd, fmt.Stringer) {
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		harness.Cannot(t, "strace makes the disk slow: %v", err)
+	}
+	binary, err := exec.LookPath(program)
+	harness.Must(t, err)
+	s, engine := harness.NewStandIn(t), harness.NewReplay(t, "cgroup2")
+	daemon := exec.Command(strace, slices.Concat([]string{"-D", "-f", "-qq", "-o", os.DevNull,
+		"-e", "inject=" + calls + ":delay_enter=60s"}, more,
+		[]string{binary, "--backstop=" + s.URL + "/publish/docker", "--docker=" + engine.URL,
+			"--poll=1s", "--host=h", "--spool=" + dir})...)
+	log := &harness.Log{}
+	daemon.Stderr = log
+	harness.Must(t, daemon.Start())
+	t.Cleanup(func() { daemon.Process.Kill() })
+	if err := s.Await(`^h\.metrics\.sampled `, 10, 50*time.Second); err != nil {
+		t.Fatalf("%v\n%s", err, log)
+	}
+	return daemon, log
 }
 
 // --spool-limit bounds the memory of the process, not only the metrics that it keeps.

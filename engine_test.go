@@ -745,7 +745,7 @@ func FuzzEngineHTTP(f *testing.F) {
 	f.Fuzz(func(t *testing.T, ping, info, list, stats, inspect []byte) {
 		var served sync.WaitGroup
 		c, log := collecting(t, "http://engine.test", 2*time.Second)
-		c.log = newLogger(log, &options{verbose: true})
+		c.log = newLogger(log, slog.LevelDebug)
 		c.containers.log, c.events.log = c.log, c.log
 		connections := c.engine.client.HTTPClient.Transport.(transport)
 		connections.DialContext = pipes(&served, func(request string) []byte {

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log"
 	"log/slog"
 	"os"
@@ -16,8 +15,6 @@ import (
 	"runtime/debug"
 	"syscall"
 	"time"
-
-	"github.com/coreos/go-systemd/v22/journal"
 )
 
 // finishWithin is how long deliveries may go on after SIGTERM or SIGINT.
@@ -41,10 +38,14 @@ func main() {
 		fmt.Println(program, version())
 		return
 	}
-	logger := newLogger(os.Stderr, opts)
+	lines := newLineWriter(os.Stderr)
+	logger := newLogger(lines, opts.logLevel())
+	go lines.run(logger)
 	log.SetFlags(0)
 	log.SetOutput(complaints{logger})
-	if err := run(opts, logger); err != nil {
+	err = run(opts, logger)
+	lines.flush()
+	if err != nil {
 		os.Exit(1) // the log says why
 	}
 }
@@ -64,54 +65,12 @@ func version() string {
 	return text
 }
 
-// newLogger returns the log, which goes to w.
-func newLogger(w io.Writer, opts *options) *slog.Logger {
-	handling := &slog.HandlerOptions{Level: slog.LevelInfo}
-	if opts.once || opts.check {
-		handling.Level = slog.LevelWarn // the result is on standard output
-	}
-	if opts.verbose {
-		handling.Level = slog.LevelDebug
-	}
-	inJournal, _ := journal.StderrIsJournalStream()
-	handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-		switch {
-		case len(groups) > 0:
-			return fitAttr(a)
-		case a.Key == slog.TimeKey && inJournal:
-			return slog.Attr{} // the journal has its own
-		case a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey:
-			return a // our own words
-		}
-		return fitAttr(a)
-	}
-	return slog.New(bounded{slog.NewTextHandler(w, handling), new(said)})
-}
-
-// fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
-func fitAttr(a slog.Attr) slog.Attr {
-	most := maxForeign
-	switch a.Key {
-	case "error", "example", "spool": // with our own words
-		most = maxShown
-	}
-	if kind := a.Value.Kind(); kind == slog.KindString || kind == slog.KindAny {
-		return slog.String(a.Key, fit(a.Value.String(), most))
-	}
-	return a
-}
-
-// complaints logs what net/http has to say, which goes to the log package.
-type complaints struct{ log *slog.Logger }
-
-func (c complaints) Write(text []byte) (int, error) {
-	c.log.Debug("net/http complains", "text", firstLine(string(text)))
-	return len(text), nil
-}
-
 // run does what opts ask for, until it is done or a signal stops it. Its error is in the log.
 func run(opts *options, log *slog.Logger) error {
 	signal.Ignore(syscall.SIGHUP) // outlive the terminal
+	if opts.to.remote && !opts.check {
+		signal.Ignore(syscall.SIGPIPE) // and the reader of the log
+	}
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfVariables(log)

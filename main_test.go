@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"html"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -597,7 +598,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 			for _, text := range []string{encoded, encodings(hardPassword)[how]} {
 				said = fmt.Sprintf(answer, text)
 				var out bytes.Buffer
-				logger := newLogger(&out, &options{verbose: true})
+				logger := newLogger(&out, slog.LevelDebug)
 				b := mustBackstop(t, "http://"+user+"@"+address+"/publish/docker")
 				b.leadAfter, b.leadPause = time.Hour, 0
 				b.asked = time.Now()
@@ -726,6 +727,94 @@ func TestLogIsBounded(t *testing.T) {
 		}
 	}
 }
+
+// A log that nobody reads, or whose reader has ended, holds up neither polls nor the end.
+func TestTheLogHoldsUpNothing(t *testing.T) {
+	t.Parallel()
+	reader, writer, err := os.Pipe()
+	harness.Must(t, err)
+	harness.Must(t, writer.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
+	if _, err := writer.Write(make([]byte, 1<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("the pipe is not full: %v", err)
+	}
+	s := harness.NewStandIn(t)
+	daemon := exec.Command(program, "--docker="+harness.NewReplay(t, "cgroup2").URL,
+		"--backstop="+s.URL+"/publish/docker", "--poll=10ms", "--verbose")
+	daemon.Stderr = writer
+	harness.Must(t, daemon.Start())
+	writer.Close()
+	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
+	harness.AwaitText(t, deliveries, ".", maxUnread/2) // with three lines each
+
+	log := &harness.Log{}
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		_, _ = io.Copy(log, reader)
+	}()
+	harness.AwaitText(t, log.String, `msg="lines are missing in the log, nobody read it in time" lines=`, 1)
+	reader.Close()
+	<-copied
+	harness.AwaitText(t, deliveries, ".", len(s.Requests())+maxUnread/10)
+	harness.Must(t, daemon.Process.Signal(os.Interrupt))
+	harness.Must(t, daemon.Wait())
+}
+
+// A systemd that reads nothing from its socket holds up neither polls nor the end.
+func TestSystemdHoldsUpNothing(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "notify")
+	socket, err := net.ListenPacket("unixgram", path)
+	harness.Must(t, err)
+	defer socket.Close()
+	full, err := net.Dial("unixgram", path)
+	harness.Must(t, err)
+	harness.Must(t, full.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
+	for err == nil {
+		_, err = full.Write([]byte("STATUS=full"))
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("the socket is not full: %v", err)
+	}
+	s := harness.NewStandIn(t)
+	daemon := exec.Command(program, "--docker="+harness.NewReplay(t, "cgroup2").URL,
+		"--backstop="+s.URL+"/publish/docker", "--poll=10ms")
+	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+path)
+	harness.Must(t, daemon.Start())
+	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
+	harness.AwaitText(t, deliveries, ".", 50)
+	harness.Must(t, daemon.Process.Signal(os.Interrupt))
+	harness.Must(t, daemon.Wait())
+}
+
+// The end waits for what is still to be written, but not for long.
+func TestTheLogIsFlushed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, takes := range []time.Duration{flushWithin / 10, time.Hour} {
+			var written atomic.Int32
+			w := newLineWriter(writerFunc(func(line []byte) (int, error) {
+				time.Sleep(takes)
+				written.Add(1)
+				return len(line), nil
+			}))
+			go w.run(slog.New(slog.DiscardHandler))
+			for range 5 {
+				fmt.Fprintln(w, "line")
+			}
+			start := time.Now()
+			w.flush()
+			if n, took := written.Load(), time.Since(start); took > flushWithin ||
+				takes < flushWithin && n != 5 {
+				t.Errorf("lines that take %s: %d in %s", takes, n, took)
+			}
+			<-w.flushed
+		}
+	})
+}
+
+type writerFunc func(line []byte) (int, error)
+
+func (f writerFunc) Write(line []byte) (int, error) { return f(line) }
 
 // What net/http has to say is one line of the log, and only with --verbose.
 func TestComplaintsOfNetHTTPAreLogged(t *testing.T) {
@@ -876,7 +965,7 @@ func TestHintInTheImage(t *testing.T) {
 func TestTheSameMessageIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var out bytes.Buffer
-		logger := newLogger(&out, &options{verbose: true})
+		logger := newLogger(&out, slog.LevelDebug)
 		for hour := range 2 {
 			for i := range 3 * maxLines {
 				logger.With("to", i%7).Error("container cannot be read", "container", i)

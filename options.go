@@ -352,6 +352,17 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	return text, from, err
 }
 
+// logLevel returns what is logged.
+func (o *options) logLevel() slog.Level {
+	switch {
+	case o.verbose:
+		return slog.LevelDebug
+	case o.once || o.check:
+		return slog.LevelWarn // the result is on standard output
+	}
+	return slog.LevelInfo
+}
+
 // warnOfVariables logs variables that have no effect: those with a typing mistake in their name,
 // and that of the last version of 2015.
 func (o *options) warnOfVariables(log *slog.Logger) {
@@ -452,8 +463,14 @@ func parseSpool(text string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if trouble := spoolTrouble(dir); trouble != "" {
-		return "", fmt.Errorf("%s: %s", shown(text), trouble)
+	trouble := make(chan string, 1)
+	go func() { trouble <- spoolTrouble(dir) }()
+	select {
+	case trouble := <-trouble:
+		if trouble != "" {
+			return "", fmt.Errorf("%s: %s", shown(text), trouble)
+		}
+	case <-time.After(storeWait): // the disk hangs: open looks again
 	}
 	return dir, nil
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"sync"
 	"time"
 
@@ -26,15 +27,33 @@ type service struct {
 // newService connects to the systemd that has started this process. If polls are rarer than
 // WatchdogSec= in the unit, it asks for a longer timeout.
 func newService(poll time.Duration, q *queue) *service {
-	s := &service{queue: q, swept: "no poll yet", send: func(state string) {
-		_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
-	}}
+	s := &service{queue: q, swept: "no poll yet", send: newNotifier()}
 	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
 		if s.watchdog = max(timeout, 3*poll); s.watchdog > timeout {
 			s.send(fmt.Sprintf("WATCHDOG_USEC=%d", s.watchdog.Microseconds()))
 		}
 	}
 	return s
+}
+
+// newNotifier returns a function that tells systemd something. It never waits: a systemd that has
+// crashed, or is frozen, holds up nothing.
+func newNotifier() func(state string) {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return func(string) {}
+	}
+	states := make(chan string, 16)
+	go func() {
+		for state := range states {
+			_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
+		}
+	}()
+	return func(state string) {
+		select {
+		case states <- state:
+		default:
+		}
+	}
 }
 
 func (s *service) ready() { s.send(daemon.SdNotifyReady) }

@@ -9,7 +9,6 @@ import (
 	"html"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"net/url"
 	"os"
@@ -17,7 +16,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -445,102 +443,3 @@ func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", tim
 
 // inUTC is a time, in Unix seconds, as the log has it.
 func inUTC(seconds int64) string { return time.Unix(seconds, 0).UTC().Format(time.RFC3339) }
-
-const (
-	// maxNews is how many lines about one thing are logged in an hour. The end of trouble may be
-	// one more.
-	maxNews = 10
-	// repeatAfter is when an outage that goes on is logged again.
-	repeatAfter = time.Hour
-)
-
-// news is what the log has said of one thing, such as a container. That may come and go with each
-// poll, or have another text each time.
-type news struct {
-	said  string    // "" for: it is well
-	at    time.Time // when
-	since time.Time // when the hour began
-	lines int       // in that hour
-}
-
-// isNew reports whether text is to be logged now. Beyond maxNews lines an hour it has to wait, and
-// is logged later if it still holds.
-func (n *news) isNew(text string) bool { return text != n.said && n.isAllowed(text) }
-
-// isOld reports whether text is to be logged again: nothing was for a long time.
-func (n *news) isOld(text string) bool {
-	return time.Since(n.at) >= repeatAfter && n.isAllowed(text)
-}
-
-// isAllowed reports whether one more line is allowed, and takes note of it.
-func (n *news) isAllowed(text string) bool {
-	now := time.Now()
-	if now.Sub(n.since) >= time.Hour {
-		n.lines, n.since = 0, now
-	}
-	if n.lines >= maxNews && text != "" {
-		return false
-	}
-	n.said, n.at = text, now
-	n.lines++
-	return true
-}
-
-// maxLines is how many lines with the same message are logged in an hour: very many containers, or
-// files, can have the same trouble.
-const maxLines = 200
-
-// bounded is a handler that bounds the log, but for what --verbose adds.
-type bounded struct {
-	slog.Handler
-	said *said
-}
-
-// said counts lines by their message.
-type said struct {
-	mu    sync.Mutex
-	since time.Time // when the hour began
-	lines map[string]int
-}
-
-// count counts a line. If an hour is over, it returns the counts of that.
-func (s *said) count(message string, now time.Time) (n int, before map[string]int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if now.Sub(s.since) >= time.Hour {
-		before = s.lines
-		s.since, s.lines = now, map[string]int{}
-	}
-	s.lines[message]++
-	return s.lines[message], before
-}
-
-func (b bounded) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level < slog.LevelInfo {
-		return b.Handler.Handle(ctx, r)
-	}
-	n, before := b.said.count(r.Message, r.Time)
-	for message, lines := range before {
-		if lines > maxLines {
-			sum := slog.NewRecord(r.Time, slog.LevelWarn, "lines were left out of the log", 0)
-			sum.AddAttrs(slog.String("message", message), slog.Int("lines", lines-maxLines))
-			_ = b.Handler.Handle(ctx, sum)
-		}
-	}
-	switch {
-	case n > maxLines:
-		return nil
-	case n == maxLines:
-		r = r.Clone()
-		r.AddAttrs(slog.String("more", "left out for an hour"))
-	}
-	return b.Handler.Handle(ctx, r)
-}
-
-func (b bounded) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return bounded{b.Handler.WithAttrs(attrs), b.said}
-}
-
-func (b bounded) WithGroup(name string) slog.Handler {
-	return bounded{b.Handler.WithGroup(name), b.said}
-}

@@ -23,7 +23,7 @@ import (
 
 // The house rules of CONTRIBUTING.md.
 const (
-	maxEntries  = 48  // at the top
+	maxEntries  = 49  // at the top
 	maxFunction = 70  // lines
 	maxStruct   = 16  // fields
 	maxColumns  = 100 // of a line, where a tab is one
