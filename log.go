@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
@@ -51,63 +50,88 @@ func (c complaints) Write(text []byte) (int, error) {
 	return len(text), nil
 }
 
-// What waits for a standard error that nobody reads.
 const (
-	maxUnread   = 500 // lines, of up to 2 KB or so each
+	// maxUnread is how much waits for a standard error that nobody reads, in bytes.
+	maxUnread = 1 << 20
+	// flushWithin is how long the end of the daemon waits for it.
 	flushWithin = time.Second
 )
 
-// lineWriter writes lines in a goroutine of its own, run. A pipe or a journal that nobody reads
-// holds up nothing: lines that find no room are left out.
-type lineWriter struct {
-	to      io.Writer
-	lines   chan []byte // nil is the last one
-	flushed chan struct{}
-	missing atomic.Int64 // lines that were left out, and not logged yet
+// logWriter writes lines in a goroutine of its own, run. A pipe or a journal that nobody reads
+// holds up nothing: when too much waits, the oldest lines are left out, and the log says so.
+type logWriter struct {
+	to   io.Writer
+	done chan struct{} // closed when run has ended
+
+	mu      sync.Mutex
+	news    *sync.Cond
+	waiting []byte // whole lines
+	missing int    // lines before them that were left out, or that to did not take
+	ended   bool   // whether nothing more comes
 }
 
-func newLineWriter(to io.Writer) *lineWriter {
-	return &lineWriter{to: to, lines: make(chan []byte, maxUnread), flushed: make(chan struct{})}
+func newLogWriter(to io.Writer) *logWriter {
+	w := &logWriter{to: to, done: make(chan struct{})}
+	w.news = sync.NewCond(&w.mu)
+	return w
 }
 
 // Write takes one line. It never fails: there is nobody to tell.
-func (w *lineWriter) Write(line []byte) (int, error) {
-	select {
-	case w.lines <- bytes.Clone(line):
-	default:
-		w.missing.Add(1)
+func (w *logWriter) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.waiting) > 0 && len(w.waiting)+len(line) > maxUnread {
+		_, w.waiting, _ = bytes.Cut(w.waiting, []byte("\n"))
+		w.missing++
 	}
+	w.waiting = append(w.waiting, line...)
+	w.news.Signal()
 	return len(line), nil
 }
 
-// run writes the lines until flush. log, which writes to w, says how many are missing.
-func (w *lineWriter) run(log *slog.Logger) {
-	for line := range w.lines {
-		if line == nil {
-			close(w.flushed)
-			return
+// run writes what waits, until flush.
+func (w *logWriter) run() {
+	defer close(w.done)
+	var text bytes.Buffer
+	note, isTorn := newLogger(&text, slog.LevelWarn), false
+	for ended := false; !ended; {
+		text.Reset()
+		if isTorn { // the line that was written last
+			text.WriteByte('\n')
 		}
-		_, _ = w.to.Write(line)
-		if len(w.lines) > 0 {
-			continue
+		w.mu.Lock()
+		for len(w.waiting) == 0 && !w.ended {
+			w.news.Wait()
 		}
-		if n := w.missing.Swap(0); n > 0 {
-			log.Warn("lines are missing in the log, nobody read it in time", "lines", n)
+		if w.missing > 0 {
+			note.Warn("lines are missing in the log, nobody took them in time", "lines", w.missing)
 		}
+		own, missing := text.Len(), w.missing
+		text.Write(w.waiting)
+		w.waiting, w.missing, ended = nil, 0, w.ended
+		w.mu.Unlock()
+		n, _ := w.to.Write(text.Bytes())
+		if n > 0 {
+			isTorn = text.Bytes()[n-1] != '\n'
+		}
+		if n >= own {
+			missing = 0 // the log says so
+		}
+		w.mu.Lock()
+		w.missing += missing + bytes.Count(text.Bytes()[max(n, own):], []byte("\n"))
+		w.mu.Unlock()
 	}
 }
 
 // flush waits until everything is written, but not for long. Later lines are lost.
-func (w *lineWriter) flush() {
-	late := time.After(flushWithin)
+func (w *logWriter) flush() {
+	w.mu.Lock()
+	w.ended = true
+	w.mu.Unlock()
+	w.news.Signal()
 	select {
-	case w.lines <- nil:
-	case <-late:
-		return
-	}
-	select {
-	case <-w.flushed:
-	case <-late:
+	case <-w.done:
+	case <-time.After(flushWithin):
 	}
 }
 

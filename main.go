@@ -38,9 +38,9 @@ func main() {
 		fmt.Println(program, version())
 		return
 	}
-	lines := newLineWriter(os.Stderr)
+	lines := newLogWriter(os.Stderr)
+	go lines.run()
 	logger := newLogger(lines, opts.logLevel())
-	go lines.run(logger)
 	log.SetFlags(0)
 	log.SetOutput(complaints{logger})
 	err = run(opts, logger)

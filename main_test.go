@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -742,20 +743,12 @@ func TestTheLogHoldsUpNothing(t *testing.T) {
 		"--backstop="+s.URL+"/publish/docker", "--poll=10ms", "--verbose")
 	daemon.Stderr = writer
 	harness.Must(t, daemon.Start())
+	t.Cleanup(func() { daemon.Process.Kill() })
 	writer.Close()
 	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
-	harness.AwaitText(t, deliveries, ".", maxUnread/2) // with three lines each
-
-	log := &harness.Log{}
-	copied := make(chan struct{})
-	go func() {
-		defer close(copied)
-		_, _ = io.Copy(log, reader)
-	}()
-	harness.AwaitText(t, log.String, `msg="lines are missing in the log, nobody read it in time" lines=`, 1)
+	harness.AwaitText(t, deliveries, ".", 50)
 	reader.Close()
-	<-copied
-	harness.AwaitText(t, deliveries, ".", len(s.Requests())+maxUnread/10)
+	harness.AwaitText(t, deliveries, ".", len(s.Requests())+50)
 	harness.Must(t, daemon.Process.Signal(os.Interrupt))
 	harness.Must(t, daemon.Wait())
 }
@@ -781,6 +774,7 @@ func TestSystemdHoldsUpNothing(t *testing.T) {
 		"--backstop="+s.URL+"/publish/docker", "--poll=10ms")
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+path)
 	harness.Must(t, daemon.Start())
+	t.Cleanup(func() { daemon.Process.Kill() })
 	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
 	harness.AwaitText(t, deliveries, ".", 50)
 	harness.Must(t, daemon.Process.Signal(os.Interrupt))
@@ -791,25 +785,93 @@ func TestSystemdHoldsUpNothing(t *testing.T) {
 func TestTheLogIsFlushed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, takes := range []time.Duration{flushWithin / 10, time.Hour} {
-			var written atomic.Int32
-			w := newLineWriter(writerFunc(func(line []byte) (int, error) {
-				time.Sleep(takes)
-				written.Add(1)
-				return len(line), nil
-			}))
-			go w.run(slog.New(slog.DiscardHandler))
+			w, written := startLog(func([]byte) (int, error) { time.Sleep(takes); return 0, nil })
 			for range 5 {
 				fmt.Fprintln(w, "line")
+				synctest.Wait()
 			}
 			start := time.Now()
 			w.flush()
-			if n, took := written.Load(), time.Since(start); took > flushWithin ||
-				takes < flushWithin && n != 5 {
-				t.Errorf("lines that take %s: %d in %s", takes, n, took)
+			if took := time.Since(start); took > flushWithin ||
+				takes < flushWithin && strings.Count(written.String(), "line\n") != 5 {
+				t.Errorf("lines that take %s: in %s\n%s", takes, took, written)
 			}
-			<-w.flushed
+			<-w.done
 		}
 	})
+}
+
+// A burst loses nothing. Where nobody takes the lines for long, the oldest are missing, and the log
+// says so, at the end as well.
+func TestTheLogKeepsTheNewestLines(t *testing.T) {
+	const burst, long = maxUnread / 10, 3 * maxUnread
+	for size, want := range map[int]string{burst: "first", long: "lines are missing"} {
+		synctest.Test(t, func(t *testing.T) {
+			later := time.Now().Add(time.Minute)
+			w, written := startLog(func([]byte) (int, error) { time.Sleep(time.Until(later)); return 0, nil })
+			fmt.Fprintln(w, "busy")
+			synctest.Wait()
+			fmt.Fprintln(w, "first")
+			line := strings.Repeat("x", 100)
+			for range size / len(line) {
+				fmt.Fprintln(w, line)
+			}
+			fmt.Fprintln(w, "last")
+			time.Sleep(time.Until(later) - flushWithin/2)
+			w.flush()
+			got := written.String()
+			first, _, _ := strings.Cut(strings.TrimPrefix(got, "busy\n"), "\n")
+			missing, _ := strconv.Atoi(first[strings.LastIndex(first, "=")+1:])
+			if !strings.Contains(first, want) || !strings.HasSuffix(got, "x\nlast\n") ||
+				strings.Count(got, line)+max(missing-1, 0) != size/len(line) {
+				t.Errorf("%d bytes: first %q, and %d lines", size, first, strings.Count(got, "\n"))
+			}
+			<-w.done
+		})
+	}
+}
+
+// Where the disk of the log is full, the lines that it did not take are counted, and a line that it
+// took in part ends where it was cut.
+func TestTheLogCountsWhatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		room := 8
+		w, written := startLog(func(text []byte) (n int, err error) {
+			if n = min(len(text), room); n < len(text) {
+				err = syscall.ENOSPC
+			}
+			room -= n
+			return n, err
+		})
+		for _, line := range []string{"first", "second", "third", "fourth"} {
+			fmt.Fprintln(w, line)
+			synctest.Wait()
+			if line == "third" {
+				room = 1000
+			}
+		}
+		w.flush()
+		if got := regexp.MustCompile(`^first\nse\ntime=\S+ level=WARN msg="lines are missing in the log, ` +
+			`nobody took them in time" lines=2\nfourth\n$`); !got.MatchString(written.String()) {
+			t.Errorf("logged\n%s", written)
+		}
+	})
+}
+
+// startLog starts a log. write is called before something is written; with an error, only so much
+// of that is.
+func startLog(write func(text []byte) (int, error)) (*logWriter, *harness.Log) {
+	written := &harness.Log{}
+	w := newLogWriter(writerFunc(func(text []byte) (int, error) {
+		n, err := write(text)
+		if err == nil {
+			n = len(text)
+		}
+		written.Write(text[:n])
+		return n, err
+	}))
+	go w.run()
+	return w, written
 }
 
 type writerFunc func(line []byte) (int, error)
