@@ -321,17 +321,22 @@ func (d *delivery) end(trouble string) error {
 		d.log.Debug("kept until it is confirmed", "metrics", pending, "spool", d.store.spool.dir)
 	}
 	if kept+lost > 0 {
-		var attrs []any
-		if lost > 0 {
-			attrs = append(attrs, "lost", lost)
-		}
-		if kept > 0 {
-			attrs = append(attrs, "kept", kept, "spool", d.store.spool.dir)
-		}
-		d.log.Error("ended before everything was delivered", append(attrs, "error", trouble)...)
+		d.logLeft(kept, lost, trouble)
 	}
 	if n := kept + lost + d.lost; n > 0 {
 		return fmt.Errorf("%d metrics not delivered", n)
 	}
 	return nil
+}
+
+// logLeft logs how many metrics are not delivered in the end, and why.
+func (d *delivery) logLeft(kept, lost int, trouble string) {
+	var attrs []any
+	if lost > 0 {
+		attrs = append(attrs, "lost", lost)
+	}
+	if kept > 0 {
+		attrs = append(attrs, "kept", kept, "spool", d.store.spool.dir)
+	}
+	d.log.Error("ended before everything was delivered", append(attrs, "error", trouble)...)
 }

@@ -572,27 +572,41 @@ func TestStoreIsOvertaken(t *testing.T) {
 	}
 }
 
-// Polls, deliveries and the end of the daemon do not wait for a disk that hangs.
+// Polls, deliveries and the end of the daemon do not wait for a disk that hangs, nor where metrics
+// are refused or a file cannot be read.
 func TestStoreThatHangs(t *testing.T) {
 	t.Parallel()
-	r := &receiver{}
-	q, _ := r.spooled(t, newDir(t))
-	q.put(points(0, 1)) // it is on the disk
-	q.store.mu.Lock()   // as it is held while the disk works
-	done := make(chan error, 1)
-	go func() { done <- q.deliver(t.Context()) }()
-	go q.store.keep()
-	for i := range 20 {
-		q.queue.put(points(1+i, 1))
+	for name, refused := range map[string]int{"": 0, "refused": 3} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := &receiver{}
+			r.fail = refusing(400, func(value int) bool { return value < refused })
+			dir := newDir(t)
+			q, _ := r.spooled(t, dir)
+			q.put(points(0, 1)) // it is on the disk
+			if refused > 0 {
+				q.put(points(100, 1)) // and this one there only
+				harness.Must(t, os.Remove(filepath.Join(dir, files(t, dir)[1])))
+			}
+			q.store.mu.Lock() // as it is held while the disk works
+			done := make(chan error, 1)
+			go func() { done <- q.deliver(t.Context()) }()
+			go q.store.keep()
+			for i := range 20 {
+				q.queue.put(points(1+i, 1))
+			}
+			r.waitFor(t, 21-refused)
+			q.close()
+			if err := <-done; (err != nil) != (refused > 0) {
+				t.Error(err)
+			}
+			slices.Sort(r.got)
+			r.got = slices.Compact(r.got)
+			r.inOrder(t, refused, 21)
+			q.store.mu.Unlock()
+			q.store.end() // nothing writes to the folder from here on
+		})
 	}
-	r.waitFor(t, 21)
-	q.close()
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	r.inOrder(t, 0, 21)
-	q.store.mu.Unlock()
-	q.store.end() // nothing writes to the folder from here on
 }
 
 // The pause before a retry depends on the answer.

@@ -245,7 +245,8 @@ func (p *pipeline) await(delivered <-chan error, sending context.Context) error 
 		return err
 	case <-time.After(storeWait + time.Second):
 		err := context.Cause(sending)
-		p.log.Error("ended before everything was delivered", "error", err)
+		kept, _, lost := p.delivery.store.left()
+		p.delivery.logLeft(kept, lost, errorText(err))
 		return err
 	}
 }

@@ -463,14 +463,9 @@ func parseSpool(text string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	trouble := make(chan string, 1)
-	go func() { trouble <- spoolTrouble(dir) }()
-	select {
-	case trouble := <-trouble:
-		if trouble != "" {
-			return "", fmt.Errorf("%s: %s", shown(text), trouble)
-		}
-	case <-time.After(storeWait): // the disk hangs: open looks again
+	trouble, _ := inTime(func() string { return spoolTrouble(dir) }) // open looks again
+	if trouble != "" {
+		return "", fmt.Errorf("%s: %s", shown(text), trouble)
 	}
 	return dir, nil
 }

@@ -12,9 +12,10 @@ import (
 type store struct {
 	queue *queue
 
-	mu    sync.Mutex // held while the disk works
-	spool *spool     // nil: everything is in memory only
-	ended bool
+	mu      sync.Mutex // held while the disk works
+	spool   *spool     // nil: everything is in memory only
+	ended   bool
+	setting sync.Mutex // held while something is set aside
 }
 
 // newStore keeps what is in q in s, if s is not nil, and queues what an earlier run left there. A
@@ -26,8 +27,7 @@ func newStore(q *queue, s *spool) (*store, error) {
 		return st, nil
 	}
 	st.useDisk(false, true)
-	opened := make(chan error, 1)
-	go func() {
+	err, _ := inTime(func() error {
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		err := st.open()
@@ -35,16 +35,24 @@ func newStore(q *queue, s *spool) (*store, error) {
 		if !isPermanent(err) {
 			s.report(err)
 		}
-		opened <- err
-	}()
-	select {
-	case err := <-opened:
-		if isPermanent(err) {
-			return nil, err
-		}
-	case <-time.After(storeWait):
+		return err
+	})
+	if isPermanent(err) {
+		return nil, err
 	}
 	return st, nil
+}
+
+// inTime returns what do returns. If the disk hangs, do goes on by itself, and ok is false.
+func inTime[T any](do func() T) (result T, ok bool) {
+	done := make(chan T, 1)
+	go func() { done <- do() }()
+	select {
+	case result = <-done:
+		return result, true
+	case <-time.After(storeWait):
+		return result, false
+	}
 }
 
 // open opens the spool's folder and queues what is in it. It is called with mu held.
@@ -114,9 +122,30 @@ func (st *store) load(b *batch) ([]byte, error) {
 	case packed != nil:
 		return unpack(packed)
 	}
+	type result struct {
+		body []byte
+		err  error
+	}
+	count := b.count
+	read, ok := inTime(func() result {
+		body, err := st.read(f, count)
+		return result{body, err}
+	})
+	if !ok {
+		st.useDisk(false, false)
+		return nil, errAway
+	}
+	if read.err == nil {
+		st.hasRead(b, countOf(read.body))
+	}
+	return read.body, read.err
+}
+
+// read reads a file with so many metrics. The error is errAway, or that of the file, which is set
+// aside.
+func (st *store) read(f file, count int) ([]byte, error) {
 	body, err := st.spool.read(f.name)
 	if err == nil {
-		st.hasRead(b, countOf(body))
 		return body, nil
 	}
 	st.mu.Lock()
@@ -126,38 +155,37 @@ func (st *store) load(b *batch) ([]byte, error) {
 		st.useDisk(false, false)
 		return nil, errAway
 	}
-	st.spool.setAside(f, b.count, err)
+	st.spool.setAside(f, count, err)
 	return nil, err
 }
 
-// setAside keeps refused metrics in a file of the spool. It returns the file's
-// name, "" if there is none.
+// setAside keeps refused metrics in a file of the spool. It returns the file's name, "" if there is
+// none, or if the disk hangs.
 func (st *store) setAside(body []byte, oldest int64) (name string) {
-	if st.spool == nil {
+	if st.spool == nil || !st.setting.TryLock() {
 		return ""
 	}
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	return st.spool.writeBad(pack(body), oldest, countOf(body))
+	name, _ = inTime(func() string {
+		defer st.setting.Unlock()
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		return st.spool.writeBad(pack(body), oldest, countOf(body))
+	})
+	return name
 }
 
 // end stores what the disk did not take before, and lets others have the spool. It returns how many
 // metrics are kept there, how many of these were sent and not confirmed, and how many are lost.
 func (st *store) end() (kept, pending, lost int) {
 	if st.spool != nil {
-		done := make(chan struct{})
-		go func() {
+		inTime(func() bool {
 			st.update()
 			st.mu.Lock()
 			defer st.mu.Unlock()
 			st.ended = true
 			st.spool.close()
-			close(done)
-		}()
-		select {
-		case <-done:
-		case <-time.After(storeWait):
-		}
+			return true
+		})
 	}
 	return st.left()
 }
