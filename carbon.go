@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -241,7 +242,13 @@ func (c *carbon) write(ctx context.Context, address string, lines []byte) error 
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return fmt.Errorf("it read nothing for %s", c.stall)
 	}
-	if bare, ok := err.(*os.SyscallError); ok { // the same trouble has the same text
+	// The same trouble has the same text, whatever we were at when it came.
+	for _, reset := range []error{syscall.ECONNRESET, syscall.EPIPE, syscall.ENOTCONN} {
+		if errors.Is(err, reset) {
+			err = os.NewSyscallError("read", syscall.ECONNRESET)
+		}
+	}
+	if bare, ok := err.(*os.SyscallError); ok {
 		err = &net.OpError{Op: "read", Net: "tcp", Addr: conn.RemoteAddr(), Err: bare}
 	}
 	return plainly(ctx, err)

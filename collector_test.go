@@ -858,6 +858,13 @@ func TestBrokenEntries(t *testing.T) {
 		`cannot be read" container=lost error="the engine's list has no id of it"`) {
 		t.Errorf("logged %s", got)
 	}
+	// One that would ask for another path, or for much memory, is none.
+	for _, id := range []string{".", "..", "a/b", "a%2fb", "a?b", strings.Repeat("a", 129)} {
+		s.answers["/containers/json"] = `[{"Id":"` + id + `","Names":["/odd"]}]`
+		if result := c.sweep(t.Context()); result.failed != 1 {
+			t.Errorf("%.10s is taken for an id", id)
+		}
+	}
 	s.answers["/containers/json"] = strings.ReplaceAll(caseOf(t, "list_ports_all.json"),
 		`"Id": ""`, `"Id": "1"`)
 	if result := c.sweep(t.Context()); result.err != nil || result.running != 1 {

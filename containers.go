@@ -78,7 +78,7 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 	for i := range list {
 		listed := &list[i]
 		id := listed.ID
-		if id == "" { // it cannot be asked, and needs an id of its own here
+		if !usualID.MatchString(id) { // it cannot be asked, and needs an id of its own here
 			id = "entry " + strconv.Itoa(i+1)
 			now.unnamed[id] = errors.New("the engine's list has no id of it")
 		}
@@ -93,7 +93,7 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 		byID[id] = known
 		now.count(listed)
 		cs.name(known, listed, host, now)
-		known.status, known.health = listed.Status, listed.healthStatus()
+		known.status, known.health = strings.Clone(startOf(listed.Status)), listed.healthStatus()
 		known.restarting = listed.isRestarting()
 		known.stale = known.mayHaveChanged(at)
 	}
@@ -101,6 +101,9 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 	cs.share(now)
 	return now
 }
+
+// usualID matches what can be the id of a container. It becomes a part of a URL.
+var usualID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
 // count counts a container by its state.
 func (now *census) count(listed *listed) {
@@ -120,7 +123,10 @@ func (cs *containers) name(known *container, listed *listed, host string, now *c
 			"container", name, "reason", remark)
 	}
 	known.remark = remark
-	who := subject{name, listed.ID, cmp.Or(known.image, listed.Image), listed.Labels}
+	who := subject{name: name, id: known.id, image: cmp.Or(known.image, listed.Image)}
+	if cs.rules.needLabels() {
+		who.labels = listed.labels()
+	}
 	err := now.unnamed[known.id]
 	switch {
 	case err != nil:

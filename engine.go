@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -343,11 +344,11 @@ type listed struct {
 	ID      string `json:"Id"`
 	Names   []string
 	Image   string
-	Created int64 // Unix seconds
-	Labels  map[string]string
-	State   string // since API 1.23
-	Status  string // such as "Up 2 hours (healthy)"
-	Health  health // since API 1.52, and of Podman 6
+	Created int64           // Unix seconds
+	Labels  json.RawMessage // an object; few rules look at it
+	State   string          // since API 1.23
+	Status  string          // such as "Up 2 hours (healthy)"
+	Health  health          // since API 1.52, and of Podman 6
 }
 
 type health struct{ Status string }
@@ -411,6 +412,12 @@ func (l *listed) isRestarting() bool {
 
 func (l *listed) isPaused() bool {
 	return l.State == "paused" || l.State == "" && strings.HasSuffix(l.Status, "(Paused)")
+}
+
+// labels returns the container's labels, as far as they are any.
+func (l *listed) labels() (labels map[string]string) {
+	_ = decodeLoosely(l.Labels, &labels)
+	return labels
 }
 
 // healthStatus returns what the list says of a container's health, "" if it says nothing.
@@ -507,7 +514,10 @@ type event struct {
 	ID     string `json:"id"` // likewise
 	Actor  struct {
 		ID         string
-		Attributes map[string]string
+		Attributes struct {
+			ExitCode  string `json:"exitCode"`
+			OfPodmans string `json:"containerExitCode"`
+		}
 	}
 	TimeNano int64 `json:"timeNano"`
 }
@@ -601,15 +611,17 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	if resp.StatusCode/100 != 2 {
 		limit = maxError
 	}
-	answer := &inTurn{Reader: io.LimitReader(resp.Body, limit+1), ctx: ctx, turns: e.long}
-	defer answer.end()
+	answer := &inTurn{Reader: io.LimitReader(resp.Body, limit+1), ctx: ctx, turns: e.long,
+		most: e.timeout / 4}
+	defer answer.close()
 	_, err = body.ReadFrom(answer)
 	if resp.StatusCode/100 != 2 {
 		var message struct{ Message string }
 		if json.Unmarshal(body.Bytes(), &message) != nil {
 			message.Message = body.String()
 		}
-		status := &docker.Error{Status: resp.StatusCode, Message: firstLine(message.Message)}
+		status := &docker.Error{Status: resp.StatusCode,
+			Message: cmp.Or(firstLine(message.Message), http.StatusText(resp.StatusCode))}
 		if status.Status == http.StatusForbidden {
 			path, _, _ = strings.Cut(path, "?")
 			return nil, forbidden{status, path}

@@ -122,9 +122,8 @@ func (es *events) take(one *event, counts bool) (changed string) {
 		return key.id
 	case "die", "died":
 		es.ended.n++
-		attributes := one.Actor.Attributes
-		if code := cmp.Or(attributes["exitCode"], attributes["containerExitCode"]); code != "" &&
-			code != "0" {
+		attributes := &one.Actor.Attributes
+		if code := cmp.Or(attributes.ExitCode, attributes.OfPodmans, "0"); code != "0" {
 			es.failed.n++
 		}
 	case "oom":

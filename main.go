@@ -28,14 +28,15 @@ func main() {
 	opts, err := parseOptions(os.Args[1:])
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		fmt.Print(usage())
+		printAll(usage())
 		return
 	case err != nil:
-		text := err.Error() // the user's own, and not cut
+		signal.Ignore(syscall.SIGPIPE) // the status is to be right also if nobody reads why
+		text := err.Error()            // the user's own, and not cut
 		fmt.Fprintf(os.Stderr, "%s: %s\n", program, fit(text, len(text)))
 		os.Exit(64) // EX_USAGE of sysexits.h; a Go program that crashes exits with 2
 	case opts.version:
-		fmt.Println(program, version())
+		printAll(program + " " + version() + "\n")
 		return
 	}
 	lines := newLogWriter(os.Stderr)
@@ -47,6 +48,14 @@ func main() {
 	lines.flush()
 	if err != nil {
 		os.Exit(1) // the log says why
+	}
+}
+
+// printAll prints text to standard output, or ends the process if that fails.
+func printAll(text string) {
+	if _, err := fmt.Print(text); err != nil {
+		fmt.Fprintln(os.Stderr, program+":", err)
+		os.Exit(1)
 	}
 }
 
@@ -75,7 +84,7 @@ func run(opts *options, log *slog.Logger) error {
 	defer release()
 	opts.warnOfVariables(log)
 	if opts.check {
-		return checkNames(polling, opts, log)
+		return checkNames(polling, release, opts, log)
 	}
 	c := sampler(opts, log)
 	p, err := newPipeline(opts, c, log)
@@ -114,14 +123,15 @@ func sampler(opts *options, log *slog.Logger) *collector {
 }
 
 // checkNames prints the table of --check. It returns an error if a container has no name of its
-// own.
-func checkNames(ctx context.Context, opts *options, log *slog.Logger) error {
+// own. Once release is called, a signal ends the process: printing may take for ever.
+func checkNames(ctx context.Context, release func(), opts *options, log *slog.Logger) error {
 	quiet := sampler(opts, slog.New(slog.DiscardHandler)) // the table says everything
 	table, ok, err := check(ctx, quiet)
 	if err != nil {
 		log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))
 		return err
 	}
+	release()
 	if _, err := fmt.Print(table); err != nil {
 		log.Error("cannot write to standard output", "error", errorText(err))
 		return err

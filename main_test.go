@@ -490,9 +490,12 @@ func encodings(text string) map[string]string {
 		return b.String()
 	}
 	inJSON, _ := json.Marshal(text)
-	var runes strings.Builder
-	for _, r := range text {
-		fmt.Fprintf(&runes, "&#%d;", r)
+	eachRune := func(format string) string {
+		var b strings.Builder
+		for _, r := range text {
+			fmt.Fprintf(&b, format, r)
+		}
+		return b.String()
 	}
 	return map[string]string{
 		"plain":                     text,
@@ -507,7 +510,10 @@ func encodings(text string) map[string]string {
 		"URL, each byte":            each("%%%02X"),
 		"URL, each byte, lowercase": each("%%%02x"),
 		"HTML":                      html.EscapeString(text),
-		"HTML, each rune":           runes.String(),
+		"HTML, each rune":           eachRune("&#%d;"),
+		"HTML, in hex":              eachRune("&#X%x;"),
+		"HTML, without ends":        eachRune("&#%d"),
+		"HTML, with zeros":          eachRune("&#%020d;"),
 		"Go":                        strings.Trim(strconv.Quote(text), `"`),
 		"Go, ASCII":                 strings.Trim(strconv.QuoteToASCII(text), `"`),
 		"Go, each byte":             each(`\x%02x`),
@@ -515,6 +521,8 @@ func encodings(text string) map[string]string {
 		"NUL bytes":                 strings.Join(strings.Split(text, ""), "\x00"),
 		"cut":                       strings.Repeat("x", maxForeign-len(text)/2) + text,
 		"cut before":                strings.Repeat("x ", maxRead/2-len(text)/4) + text,
+		"cut by others":             text[:len(text)/2],
+		"cut by others, with dots":  text[:len(text)/2] + "… is wrong",
 	}
 }
 
@@ -808,7 +816,10 @@ func TestTheLogKeepsTheNewestLines(t *testing.T) {
 	for size, want := range map[int]string{burst: "first", long: "lines are missing"} {
 		synctest.Test(t, func(t *testing.T) {
 			later := time.Now().Add(time.Minute)
-			w, written := startLog(func([]byte) (int, error) { time.Sleep(time.Until(later)); return 0, nil })
+			w, written := startLog(func([]byte) (int, error) {
+				time.Sleep(time.Until(later))
+				return 0, nil
+			})
 			fmt.Fprintln(w, "busy")
 			synctest.Wait()
 			fmt.Fprintln(w, "first")

@@ -115,7 +115,11 @@ func decode(body []byte) ([]metric, error) {
 		Value       json.Number `json:"value"`
 		MeasureTime int64       `json:"measure_time"`
 	}
-	if err := json.Unmarshal(body, &items); err != nil {
+	err := json.Unmarshal(body, &items)
+	if kind, ok := err.(*json.UnmarshalTypeError); ok { // its text is about this code
+		err = fmt.Errorf("%s in the place of something else", kind.Value)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("not metrics in JSON: %w", err)
 	}
 	metrics := make([]metric, len(items))

@@ -140,7 +140,10 @@ const mask = "xxxxx"
 const minSecret = 4
 
 // telling is how many bytes of a longer secret are as good as the whole.
-const telling = 12
+const telling = 8
+
+// minToken is the length of the shortest name without a value, in a query, that counts as a secret.
+const minToken = 12
 
 // secretTexts are texts that fit hides, however they are spelled.
 type secretTexts []string
@@ -159,7 +162,7 @@ func (ss *secretTexts) addFrom(address string) {
 	for _, pair := range slices.Concat(strings.Split(query, "&"),
 		strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' })) {
 		key, value, _ := strings.Cut(pair, "=")
-		if value == "" && len(key) >= telling {
+		if value == "" && len(key) >= minToken {
 			value = key // a token
 		}
 		ss.add(value)
@@ -205,7 +208,7 @@ func (ss *secretTexts) add(texts ...string) {
 // hide returns text, or its first bytes, with a mask for each secret, also where it is escaped, and
 // where only its start is there because somebody has cut the text.
 func (ss secretTexts) hide(text string, most int) string {
-	isCut := len(text) >= maxForeign // nobody cuts shorter ones
+	isCut := len(text) >= maxForeign // most likely
 	text = text[:min(len(text), most)]
 	hidden := make([]bool, len(text)) // by byte
 	layers, seen := []layer{newLayer(text)}, map[string]bool{text: true}
@@ -281,7 +284,7 @@ func (l layer) unescape(read func(text string) (meaning string, size int)) layer
 
 // wasCut matches what can follow a start of a secret where a text was cut: a part of an escape, and
 // dots.
-var wasCut = regexp.MustCompile(`^([\\%&]+[#0-9A-Za-z]{0,10})?(\.\.\.|$)`)
+var wasCut = regexp.MustCompile(`^([\\%&]+[#0-9A-Za-z]{0,10})?(\.\.\.|…|$)`)
 
 // mark marks where secret is in l, as far as it is there.
 func (l layer) mark(secret string, isCut bool, hidden []bool) {
@@ -297,10 +300,14 @@ func (l layer) mark(secret string, isCut bool, hidden []bool) {
 		}
 		end := from - 1 + n
 		if n < len(secret) {
-			tail := wasCut.FindString(l.text[end:])
-			end += len(tail)
-			atEnd := isCut && end == len(l.text)
-			if n < telling && !atEnd && !strings.HasSuffix(tail, "...") {
+			least := telling
+			if tail := wasCut.FindStringSubmatch(l.text[end:]); tail != nil {
+				end += len(tail[0])
+				if isCut || tail[2] != "" { // dots
+					least = minSecret
+				}
+			}
+			if n < least {
 				continue
 			}
 		}
@@ -309,6 +316,9 @@ func (l layer) mark(secret string, isCut bool, hidden []bool) {
 		}
 	}
 }
+
+// numericReference matches a character of HTML by its number. Its end may be missing.
+var numericReference = regexp.MustCompile(`^&#([0-9]{1,60}|[xX][0-9A-Fa-f]{1,60});?`)
 
 // escapes are those of a URL, a query, HTML, and of Go or JSON, and what is not printable. read
 // reads one at the start of a text.
@@ -336,7 +346,10 @@ var escapes = []struct {
 		if text[0] != '&' {
 			return "", 0
 		}
-		size := strings.IndexByte(text[:min(len(text), 12)], ';') + 1
+		size := len(numericReference.FindString(text[:min(len(text), 64)]))
+		if size == 0 {
+			size = strings.IndexByte(text[:min(len(text), 12)], ';') + 1
+		}
 		return html.UnescapeString(text[:size]), size
 	}},
 	{is('\\'), func(text string) (string, int) {

@@ -8,10 +8,8 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"regexp"
-	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -75,16 +73,7 @@ func isNoHTTP(err error) bool { return strings.Contains(err.Error(), "malformed 
 // that the daemon needs can still be opened.
 func maxConnections() int {
 	const others = 16 // log, spool, Backstop, names of hosts and what Go needs
-	limits, _ := os.ReadFile("/proc/self/limits")
-	found := regexp.MustCompile(`\nMax open files +(\d+)`).FindSubmatch(limits)
-	if found == nil {
-		return maxInFlight
-	}
-	files, err := strconv.Atoi(string(found[1]))
-	if err != nil {
-		return maxInFlight
-	}
-	return max(min(files-others, maxInFlight), 1)
+	return max(min(maxFiles()-others, maxInFlight), 1)
 }
 
 const (
@@ -99,15 +88,17 @@ type inTurn struct {
 	io.Reader
 	ctx   context.Context
 	turns chan struct{}
+	most  time.Duration // how long a turn lasts: an answer may hang
 	read  int
-	has   bool // its turn
+	end   func() // of the turn, nil before it
 }
 
 func (a *inTurn) Read(p []byte) (n int, err error) {
-	if a.read > usualAnswer && !a.has {
+	if a.read > usualAnswer && a.end == nil {
 		select {
 		case a.turns <- struct{}{}:
-			a.has = true
+			a.end = sync.OnceFunc(func() { <-a.turns })
+			time.AfterFunc(a.most, a.end)
 		case <-a.ctx.Done():
 			return 0, a.ctx.Err()
 		}
@@ -117,9 +108,9 @@ func (a *inTurn) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-func (a *inTurn) end() {
-	if a.has {
-		<-a.turns
+func (a *inTurn) close() {
+	if a.end != nil {
+		a.end()
 	}
 }
 
