@@ -64,7 +64,7 @@ type logWriter struct {
 	done chan struct{} // closed when run has ended
 
 	mu      sync.Mutex
-	news    *sync.Cond
+	more    *sync.Cond
 	waiting []byte // whole lines
 	missing int    // lines before them that were left out, or that to did not take
 	ended   bool   // whether nothing more comes
@@ -72,7 +72,7 @@ type logWriter struct {
 
 func newLogWriter(to io.Writer) *logWriter {
 	w := &logWriter{to: to, done: make(chan struct{})}
-	w.news = sync.NewCond(&w.mu)
+	w.more = sync.NewCond(&w.mu)
 	return w
 }
 
@@ -85,7 +85,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 		w.missing++
 	}
 	w.waiting = append(w.waiting, line...)
-	w.news.Signal()
+	w.more.Signal()
 	return len(line), nil
 }
 
@@ -101,7 +101,7 @@ func (w *logWriter) run() {
 		}
 		w.mu.Lock()
 		for len(w.waiting) == 0 && !w.ended {
-			w.news.Wait()
+			w.more.Wait()
 		}
 		if w.missing > 0 {
 			note.Warn("lines are missing in the log, nobody took them in time", "lines", w.missing)
@@ -128,7 +128,7 @@ func (w *logWriter) flush() {
 	w.mu.Lock()
 	w.ended = true
 	w.mu.Unlock()
-	w.news.Signal()
+	w.more.Signal()
 	select {
 	case <-w.done:
 	case <-time.After(flushWithin):
