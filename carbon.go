@@ -243,10 +243,9 @@ func (c *carbon) write(ctx context.Context, address string, lines []byte) error 
 		return fmt.Errorf("it read nothing for %s", c.stall)
 	}
 	// The same trouble has the same text, whatever we were at when it came.
-	for _, reset := range []error{syscall.ECONNRESET, syscall.EPIPE, syscall.ENOTCONN} {
-		if errors.Is(err, reset) {
-			err = os.NewSyscallError("read", syscall.ECONNRESET)
-		}
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN) || // not on Windows
+		errors.Is(err, syscall.ECONNRESET) {
+		err = os.NewSyscallError("read", syscall.ECONNRESET)
 	}
 	if bare, ok := err.(*os.SyscallError); ok {
 		err = &net.OpError{Op: "read", Net: "tcp", Addr: conn.RemoteAddr(), Err: bare}

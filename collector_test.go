@@ -855,7 +855,7 @@ func TestBrokenEntries(t *testing.T) {
 	}
 	got := log.Take()
 	if strings.Count(got, "level=ERROR") != 3 || !strings.Contains(got, `level=ERROR msg="container `+
-		`cannot be read" container=lost error="the engine's list has no id of it"`) {
+		`cannot be read" container=lost error="the engine's list has no usable id of it"`) {
 		t.Errorf("logged %s", got)
 	}
 	// One that would ask for another path, or for much memory, is none.
@@ -1179,7 +1179,7 @@ func TestEventsAreCountedOnce(t *testing.T) {
 	expect("and its first event", 2, 3, 2, 1, 1)
 
 	r.On("/events", harness.AnswerWith(500, "{}"))
-	past.add("a", "die", `"exitCode":"0"`, lately())
+	past.add("a", "die", `"exitCode":"0","exitcode":"1"`, lately()) // the other is a label
 	expect("while it fails", 2, 3, 2, 1, 1)
 	r.On("/events", past.ServeHTTP)
 	expect("and what was meanwhile", 2, 4, 2, 1, 1)

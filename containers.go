@@ -80,7 +80,7 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 		id := listed.ID
 		if !usualID.MatchString(id) { // it cannot be asked, and needs an id of its own here
 			id = "entry " + strconv.Itoa(i+1)
-			now.unnamed[id] = errors.New("the engine's list has no id of it")
+			now.unnamed[id] = errors.New("the engine's list has no usable id of it")
 		}
 		if byID[id] != nil {
 			cs.log.Debug("list entry there twice", "id", id)
@@ -93,7 +93,7 @@ func (cs *containers) remember(list []listed, host string, at time.Time) *census
 		byID[id] = known
 		now.count(listed)
 		cs.name(known, listed, host, now)
-		known.status, known.health = strings.Clone(startOf(listed.Status)), listed.healthStatus()
+		known.status, known.health = startOf(listed.Status), startOf(listed.healthStatus())
 		known.restarting = listed.isRestarting()
 		known.stale = known.mayHaveChanged(at)
 	}
@@ -153,7 +153,7 @@ func (cs *containers) apply(known *container, who subject, host string) error {
 	}
 	if known.path == "" || known.name != who.name || known.host != host {
 		known.name, known.host = who.name, host
-		known.image = strings.Clone(startOf(who.image)) // an inspect answer can have megabytes
+		known.image = startOf(who.image)
 		known.naming = cs.rules.apply(who, host)
 	}
 	return nil
@@ -297,12 +297,12 @@ func nameOf(listed *listed) (name, remark string) {
 	for _, own := range listed.Names {
 		own = strings.TrimPrefix(own, "/")
 		if own != "" && !strings.Contains(own, "/") {
-			return own, ""
+			return startOf(own), ""
 		}
 	}
 	for _, long := range listed.Names {
 		if name := long[strings.LastIndex(long, "/")+1:]; name != "" {
-			return name, "the end of " + long
+			return startOf(name), "the end of " + startOf(long)
 		}
 	}
 	const short = 12

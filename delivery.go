@@ -134,10 +134,10 @@ func (f *flight) cut(n int) {
 // others go first.
 func (d *delivery) send(ctx context.Context, b *batch) (err error) {
 	start := time.Now()
-	body, err := d.store.load(b)
-	if errors.Is(err, errAway) {
+	body, err := d.store.load(ctx, b)
+	if errors.Is(err, errAway) || ctx.Err() != nil {
 		d.queue.putBack(b, nil, "")
-		return nil
+		return context.Cause(ctx)
 	} else if err != nil {
 		d.lost += b.count
 		d.queue.drop(b, b.count)
@@ -338,5 +338,8 @@ func (d *delivery) logLeft(kept, lost int, trouble string) {
 	if kept > 0 {
 		attrs = append(attrs, "kept", kept, "spool", d.store.spool.dir)
 	}
-	d.log.Error("ended before everything was delivered", append(attrs, "error", trouble)...)
+	if trouble != "" {
+		attrs = append(attrs, "error", trouble)
+	}
+	d.log.Error("ended before everything was delivered", attrs...)
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -582,7 +583,7 @@ func TestStoreThatHangs(t *testing.T) {
 			r := &receiver{}
 			r.fail = refusing(400, func(value int) bool { return value < refused })
 			dir := newDir(t)
-			q, _ := r.spooled(t, dir)
+			q, log := r.spooled(t, dir)
 			q.put(points(0, 1)) // it is on the disk
 			if refused > 0 {
 				q.put(points(100, 1)) // and this one there only
@@ -605,6 +606,62 @@ func TestStoreThatHangs(t *testing.T) {
 			r.inOrder(t, refused, 21)
 			q.store.mu.Unlock()
 			q.store.end() // nothing writes to the folder from here on
+			if got := log.Take(); strings.Contains(got, "is gone") {
+				t.Errorf("logged by one that was late:\n%s", got)
+			}
+		})
+	}
+}
+
+// A file that takes long to read is read once, and holds up no fresh metrics.
+func TestStoreIsSlow(t *testing.T) {
+	body := encode(points(1, 1))
+	for name, test := range map[string]struct {
+		result readResult
+		want   []int
+		log    string
+	}{
+		"slow":    {readResult{body, nil}, []int{0, 1, 2, 3}, ""},
+		"fails":   {readResult{nil, fs.ErrNotExist}, []int{0, 2, 3}, "a spooled file is gone"},
+		"another": {readResult{nil, fs.ErrNotExist}, []int{0, 1, 2, 3}, ""},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &receiver{}
+			q, log := r.spooled(t, newDir(t))
+			q.put(points(0, 1))
+			q.put(points(1, 1)) // its body is on the disk only
+			file := q.queue.batches[1].file
+			if name == "another" {
+				file += "x"
+			}
+			slow := &fileRead{file, make(chan readResult, 1)}
+			q.store.reading = slow
+			done := make(chan error, 1)
+			go func() { done <- q.deliver(t.Context()) }()
+			for i := range 2 {
+				time.Sleep(time.Minute)
+				q.put(points(2+i, 1))
+				time.Sleep(time.Second)
+				if _, got := r.sofar(); slices.Max(got) != 2+i || slices.Contains(got, 1) {
+					t.Errorf("%s: %d arrived", name, got)
+				}
+			}
+			if got := log.Take(); strings.Count(got, "the disk of the spool is slow") != 1 {
+				t.Errorf("%s: logged\n%s", name, got)
+			}
+			slow.done <- test.result
+			q.store.update()
+			time.Sleep(time.Minute)
+			q.close()
+			<-done
+			_, got := r.sofar()
+			slices.Sort(got)
+			if text := log.Take(); !slices.Equal(got, test.want) ||
+				strings.Count(text, "level=ERROR") != min(len(test.log), 1) ||
+				!strings.Contains(text, test.log) {
+				t.Errorf("%s: %d arrived, logged\n%s", name, got, text)
+			}
+			q.store.end()
 		})
 	}
 }
@@ -1618,16 +1675,20 @@ func TestPollsGoOnWhileTheDiskHangs(t *testing.T) {
 	t.Parallel()
 	daemon, log := startOnSlowDisk(t, newDir(t), "fsync")
 	harness.Must(t, daemon.Process.Signal(syscall.SIGTERM)) // with -D, it is the daemon
-	// strace keeps it as a zombie for a while.
+	if !hasEnded(daemon, 15*time.Second) {
+		t.Errorf("it does not end\n%s", log)
+	}
+}
+
+// hasEnded reports whether a daemon ends in time. strace keeps it as a zombie for a while.
+func hasEnded(daemon *exec.Cmd, within time.Duration) bool {
 	path := fmt.Sprintf("/proc/%d/stat", daemon.Process.Pid)
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for late := time.Now().Add(within); time.Now().Before(late); time.Sleep(50 * time.Millisecond) {
 		if stat, err := os.ReadFile(path); err != nil || bytes.Contains(stat, []byte(") Z ")) {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("it does not end\n%s", log)
+			return true
 		}
 	}
+	return false
 }
 
 // Nor does the start wait for the disk.
@@ -1654,7 +1715,10 @@ func startOnSlowDisk(t *testing.T, dir, calls string, more ...string) (*exec.Cmd
 	log := &harness.Log{}
 	daemon.Stderr = log
 	harness.Must(t, daemon.Start())
-	t.Cleanup(func() { daemon.Process.Kill() })
+	t.Cleanup(func() {
+		daemon.Process.Kill()
+		hasEnded(daemon, time.Minute) // before its folder is removed
+	})
 	if err := s.Await(`^h\.metrics\.sampled `, 10, 50*time.Second); err != nil {
 		t.Fatalf("%v\n%s", err, log)
 	}

@@ -414,7 +414,7 @@ func (l *listed) isPaused() bool {
 	return l.State == "paused" || l.State == "" && strings.HasSuffix(l.Status, "(Paused)")
 }
 
-// labels returns the container's labels, as far as they are any.
+// labels returns the container's labels, nil if they are no object.
 func (l *listed) labels() (labels map[string]string) {
 	_ = decodeLoosely(l.Labels, &labels)
 	return labels
@@ -514,12 +514,16 @@ type event struct {
 	ID     string `json:"id"` // likewise
 	Actor  struct {
 		ID         string
-		Attributes struct {
-			ExitCode  string `json:"exitCode"`
-			OfPodmans string `json:"containerExitCode"`
-		}
+		Attributes json.RawMessage // an object; the container's labels are among them
 	}
 	TimeNano int64 `json:"timeNano"`
+}
+
+// failed reports whether a container has ended with an exit code other than 0.
+func (one *event) failed() bool {
+	var attributes map[string]string
+	_ = decodeLoosely(one.Actor.Attributes, &attributes)
+	return cmp.Or(attributes["exitCode"], attributes["containerExitCode"], "0") != "0"
 }
 
 // eventFilter asks for what is counted, and for updates. Podman has words of its own.
@@ -638,7 +642,7 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
 	}
 	if err := checkJSON(body.Bytes()); err != nil {
-		return nil, rubbish{err}
+		return nil, rubbish{fmt.Errorf("the answer %w", err)}
 	}
 	if api := resp.Header.Get("Api-Version"); api != e.api && api != "" {
 		e.changed.Store(true)

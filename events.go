@@ -122,8 +122,7 @@ func (es *events) take(one *event, counts bool) (changed string) {
 		return key.id
 	case "die", "died":
 		es.ended.n++
-		attributes := &one.Actor.Attributes
-		if code := cmp.Or(attributes.ExitCode, attributes.OfPodmans, "0"); code != "0" {
+		if one.failed() {
 			es.failed.n++
 		}
 	case "oom":

@@ -13,6 +13,11 @@ import (
 
 // newLogger returns the log, which goes to w.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
+	return slog.New(bounded{newHandler(w, level), new(said)})
+}
+
+// newHandler writes lines to w that are short and without secrets.
+func newHandler(w io.Writer, level slog.Level) slog.Handler {
 	handling := &slog.HandlerOptions{Level: level}
 	inJournal, _ := journal.StderrIsJournalStream()
 	handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
@@ -26,7 +31,7 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 		}
 		return fitAttr(a)
 	}
-	return slog.New(bounded{slog.NewTextHandler(w, handling), new(said)})
+	return slog.NewTextHandler(w, handling)
 }
 
 // fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
@@ -51,27 +56,27 @@ func (c complaints) Write(text []byte) (int, error) {
 }
 
 const (
-	// maxUnread is how much waits for a standard error that nobody reads, in bytes.
+	// maxUnread bounds the lines that wait to be written, in bytes.
 	maxUnread = 1 << 20
-	// flushWithin is how long the end of the daemon waits for it.
+	// flushWithin is how long flush waits.
 	flushWithin = time.Second
 )
 
 // logWriter writes lines in a goroutine of its own, run. A pipe or a journal that nobody reads
 // holds up nothing: when too much waits, the oldest lines are left out, and the log says so.
 type logWriter struct {
-	to   io.Writer
+	out  io.Writer
 	done chan struct{} // closed when run has ended
 
 	mu      sync.Mutex
 	more    *sync.Cond
 	waiting []byte // whole lines
-	missing int    // lines before them that were left out, or that to did not take
+	missing int    // lines before them that were left out or not written
 	ended   bool   // whether nothing more comes
 }
 
-func newLogWriter(to io.Writer) *logWriter {
-	w := &logWriter{to: to, done: make(chan struct{})}
+func newLogWriter(out io.Writer) *logWriter {
+	w := &logWriter{out: out, done: make(chan struct{})}
 	w.more = sync.NewCond(&w.mu)
 	return w
 }
@@ -89,14 +94,14 @@ func (w *logWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// run writes what waits, until flush.
+// run writes lines until flush, the last ones too.
 func (w *logWriter) run() {
 	defer close(w.done)
 	var text bytes.Buffer
-	note, isTorn := newLogger(&text, slog.LevelWarn), false
+	note, isTorn := slog.New(newHandler(&text, slog.LevelWarn)), false
 	for ended := false; !ended; {
 		text.Reset()
-		if isTorn { // the line that was written last
+		if isTorn { // the last line was cut off
 			text.WriteByte('\n')
 		}
 		w.mu.Lock()
@@ -104,13 +109,13 @@ func (w *logWriter) run() {
 			w.more.Wait()
 		}
 		if w.missing > 0 {
-			note.Warn("lines are missing in the log, nobody took them in time", "lines", w.missing)
+			note.Warn("lines are missing in the log, they could not be written", "lines", w.missing)
 		}
 		own, missing := text.Len(), w.missing
 		text.Write(w.waiting)
 		w.waiting, w.missing, ended = nil, 0, w.ended
 		w.mu.Unlock()
-		n, _ := w.to.Write(text.Bytes())
+		n, _ := w.out.Write(text.Bytes())
 		if n > 0 {
 			isTorn = text.Bytes()[n-1] != '\n'
 		}

@@ -78,7 +78,7 @@ func version() string {
 func run(opts *options, log *slog.Logger) error {
 	signal.Ignore(syscall.SIGHUP) // outlive the terminal
 	if opts.to.remote && !opts.check {
-		signal.Ignore(syscall.SIGPIPE) // and the reader of the log
+		signal.Ignore(syscall.SIGPIPE) // outlive the reader of the log
 	}
 	polling, sending, release := untilSignal()
 	defer release()

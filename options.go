@@ -352,7 +352,7 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	return text, from, err
 }
 
-// logLevel returns what is logged.
+// logLevel returns the lowest level that is logged.
 func (o *options) logLevel() slog.Level {
 	switch {
 	case o.verbose:

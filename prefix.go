@@ -109,8 +109,13 @@ func (s subject) label(key string) (text string, ok bool) {
 	return startOf(text), ok
 }
 
-// startOf returns as much of text as a path can have.
-func startOf(text string) string { return text[:min(len(text), maxPath)] }
+// startOf returns as much of text as a path can have, without the memory of the rest.
+func startOf(text string) string {
+	if len(text) <= maxPath {
+		return text
+	}
+	return strings.Clone(text[:maxPath])
+}
 
 // fillIn replaces what Expand does not know in a template: ${label:KEY}, a label of s, and ${host},
 // unless re has a group of that name. Each becomes one node of a path, whatever is in it. ok is

@@ -317,7 +317,7 @@ func (s *spool) read(name string) (body []byte, err error) {
 		return nil, &spoiltError{err}
 	}
 	if err = checkJSON(body); err != nil {
-		return nil, &spoiltError{err}
+		return nil, &spoiltError{fmt.Errorf("it %w", err)}
 	}
 	metrics, err := decode(body)
 	if err == nil && len(metrics) == 0 {

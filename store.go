@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"sync"
@@ -12,10 +13,13 @@ import (
 type store struct {
 	queue *queue
 
-	mu      sync.Mutex // held while the disk works
-	spool   *spool     // nil: everything is in memory only
-	ended   bool
-	setting sync.Mutex // held while something is set aside
+	mu    sync.Mutex // held while the disk works
+	spool *spool     // nil: everything is in memory only
+	ended bool
+
+	// Of delivery's goroutine
+	reading *fileRead // nil: none
+	news    news      // of slow disks
 }
 
 // newStore keeps what is in q in s, if s is not nil, and queues what an earlier run left there. A
@@ -113,8 +117,8 @@ func (st *store) update() {
 // errAway is the error of a file that cannot be read now, but perhaps later.
 var errAway = errors.New("the spool cannot be read")
 
-// load returns the body of b. The error is errAway, or that of b, which is set aside.
-func (st *store) load(b *batch) ([]byte, error) {
+// load returns the body of b. The error is errAway, that of ctx, or that of b, which is set aside.
+func (st *store) load(ctx context.Context, b *batch) ([]byte, error) {
 	body, packed, f := st.content(b)
 	switch {
 	case body != nil:
@@ -122,53 +126,97 @@ func (st *store) load(b *batch) ([]byte, error) {
 	case packed != nil:
 		return unpack(packed)
 	}
-	type result struct {
-		body []byte
-		err  error
+	body, err := st.read(ctx, f.name)
+	switch {
+	case err == nil:
+		st.hasRead(b, countOf(body))
+		return body, nil
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case errors.Is(err, errAway):
+		return nil, err
 	}
-	count := b.count
-	read, ok := inTime(func() result {
-		body, err := st.read(f, count)
-		return result{body, err}
+	count := b.count // it may change while the disk hangs
+	trouble, ok := locked(st, func() error {
+		trouble := st.spool.trouble(err)
+		if trouble == nil {
+			st.spool.setAside(f, count, err)
+		} else {
+			st.spool.fail(trouble)
+		}
+		return trouble
 	})
-	if !ok {
-		st.useDisk(false, false)
-		return nil, errAway
+	if ok && trouble == nil {
+		return nil, err
 	}
-	if read.err == nil {
-		st.hasRead(b, countOf(read.body))
-	}
-	return read.body, read.err
+	st.useDisk(false, false)
+	return nil, errAway
 }
 
-// read reads a file with so many metrics. The error is errAway, or that of the file, which is set
-// aside.
-func (st *store) read(f file, count int) ([]byte, error) {
-	body, err := st.spool.read(f.name)
-	if err == nil {
-		return body, nil
+// fileRead is the reading of a file, which is under way.
+type fileRead struct {
+	name string
+	done chan readResult
+}
+
+type readResult struct {
+	body []byte
+	err  error
+}
+
+// read reads a file. If that takes long, the error is errAway, and the next call waits for the same
+// reading: there is one at a time.
+func (st *store) read(ctx context.Context, name string) ([]byte, error) {
+	late := time.After(storeWait)
+	for {
+		r := st.reading
+		if r == nil {
+			r = &fileRead{name, make(chan readResult, 1)}
+			st.reading = r
+			go func() {
+				body, err := st.spool.read(name)
+				r.done <- readResult{body, err}
+			}()
+		}
+		select {
+		case result := <-r.done:
+			if st.reading = nil; r.name == name {
+				st.news.isNew("")
+				return result.body, result.err
+			}
+		case <-late:
+			if st.news.isNew("slow") {
+				st.queue.log.Warn("the disk of the spool is slow, waiting for a file", "file", name)
+			}
+			st.useDisk(false, false)
+			return nil, errAway
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	if trouble := st.spool.trouble(err); trouble != nil {
-		st.spool.fail(trouble)
-		st.useDisk(false, false)
-		return nil, errAway
+}
+
+// locked calls do with mu locked and returns its result. If the disk is busy for long, do is not
+// called; if do hangs, it goes on by itself. ok is false in both cases.
+func locked[T any](st *store, do func() T) (result T, ok bool) {
+	for end := time.Now().Add(storeWait); !st.mu.TryLock(); time.Sleep(storeWait / 100) {
+		if time.Now().After(end) {
+			return result, false
+		}
 	}
-	st.spool.setAside(f, count, err)
-	return nil, err
+	return inTime(func() T {
+		defer st.mu.Unlock()
+		return do()
+	})
 }
 
 // setAside keeps refused metrics in a file of the spool. It returns the file's name, "" if there is
 // none, or if the disk hangs.
 func (st *store) setAside(body []byte, oldest int64) (name string) {
-	if st.spool == nil || !st.setting.TryLock() {
+	if st.spool == nil {
 		return ""
 	}
-	name, _ = inTime(func() string {
-		defer st.setting.Unlock()
-		st.mu.Lock()
-		defer st.mu.Unlock()
+	name, _ = locked(st, func() string {
 		return st.spool.writeBad(pack(body), oldest, countOf(body))
 	})
 	return name
@@ -178,13 +226,13 @@ func (st *store) setAside(body []byte, oldest int64) (name string) {
 // metrics are kept there, how many of these were sent and not confirmed, and how many are lost.
 func (st *store) end() (kept, pending, lost int) {
 	if st.spool != nil {
-		inTime(func() bool {
+		inTime(func() struct{} {
 			st.update()
 			st.mu.Lock()
 			defer st.mu.Unlock()
 			st.ended = true
 			st.spool.close()
-			return true
+			return struct{}{}
 		})
 	}
 	return st.left()

@@ -14,7 +14,7 @@ import (
 // process up between sweeps.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 type service struct {
-	send     func(state string)
+	send     func(state string) bool
 	queue    *queue
 	watchdog time.Duration // timeout of systemd's watchdog, 0: none
 
@@ -37,10 +37,10 @@ func newService(poll time.Duration, q *queue) *service {
 }
 
 // newNotifier returns a function that tells systemd something. It never waits: a systemd that has
-// crashed, or is frozen, holds up nothing.
-func newNotifier() func(state string) {
+// crashed, or is frozen, holds up nothing. It reports whether there was room for the state.
+func newNotifier() func(state string) bool {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
-		return func(string) {}
+		return func(string) bool { return true }
 	}
 	states := make(chan string, 16)
 	go func() {
@@ -48,10 +48,12 @@ func newNotifier() func(state string) {
 			_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
 		}
 	}()
-	return func(state string) {
+	return func(state string) bool {
 		select {
 		case states <- state:
+			return true
 		default:
+			return false
 		}
 	}
 }
@@ -90,9 +92,9 @@ func (s *service) hasSwept(result sweepResult, took time.Duration) {
 func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if status := fit(s.swept+"; queue: "+s.waiting(), maxShown); status != s.status {
+	status := fit(s.swept+"; queue: "+s.waiting(), maxShown)
+	if status != s.status && s.send("STATUS="+status) {
 		s.status = status
-		s.send("STATUS=" + status)
 	}
 }
 

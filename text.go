@@ -146,7 +146,12 @@ const telling = 8
 const minToken = 12
 
 // secretTexts are texts that fit hides, however they are spelled.
-type secretTexts []string
+type secretTexts []secretText
+
+type secretText struct {
+	text string
+	open int // the first bytes that are no secret: a user's name may be in other words
+}
 
 // secrets are the credentials of --backstop and --docker, which the other side may repeat. They are
 // set before anything is asked or logged.
@@ -165,9 +170,9 @@ func (ss *secretTexts) addFrom(address string) {
 		if value == "" && len(key) >= minToken {
 			value = key // a token
 		}
-		ss.add(value)
+		ss.add(value, 0)
 		if plain, err := url.QueryUnescape(value); err == nil {
-			ss.add(plain)
+			ss.add(plain, 0)
 		}
 	}
 	if _, rest, found := strings.Cut(address, "//"); found {
@@ -184,24 +189,24 @@ func (ss *secretTexts) addFrom(address string) {
 	}
 	for _, user := range []string{raw, plain} {
 		name, password, found := strings.Cut(user, ":")
+		open := len(name) + 1
 		if !found {
-			password, user = name, user+":" // a token; with the colon it is sent
+			password, user, open = name, user+":", 0 // a token; with the colon it is sent
 		}
+		ss.add(user, open)
+		ss.add(password, 0)
 		for _, text := range []string{user, password} {
-			ss.add(text)
 			for _, coding := range []*base64.Encoding{base64.StdEncoding, base64.RawStdEncoding,
 				base64.URLEncoding, base64.RawURLEncoding} {
-				ss.add(coding.EncodeToString([]byte(text)))
+				ss.add(coding.EncodeToString([]byte(text)), 0)
 			}
 		}
 	}
 }
 
-func (ss *secretTexts) add(texts ...string) {
-	for _, text := range texts {
-		if len(text) >= minSecret && !slices.Contains(*ss, text) {
-			*ss = append(*ss, text)
-		}
+func (ss *secretTexts) add(text string, open int) {
+	if s := (secretText{text, open}); len(text) >= minSecret && !slices.Contains(*ss, s) {
+		*ss = append(*ss, s)
 	}
 }
 
@@ -212,7 +217,7 @@ func (ss secretTexts) hide(text string, most int) string {
 	text = text[:min(len(text), most)]
 	hidden := make([]bool, len(text)) // by byte
 	layers, seen := []layer{newLayer(text)}, map[string]bool{text: true}
-	for i := 0; i < len(layers) && len(ss) > 0; i++ {
+	for i := 0; i < min(len(layers), maxLayers) && len(ss) > 0; i++ {
 		l := layers[i]
 		for _, secret := range ss {
 			l.mark(secret, isCut, hidden)
@@ -244,8 +249,12 @@ func (ss secretTexts) hide(text string, most int) string {
 	return b.String()
 }
 
-// maxDepth is how many times a text can be escaped for hide to see what is in it.
-const maxDepth = 3
+const (
+	// maxDepth is how many times a text can be escaped for hide to see what is in it.
+	maxDepth = 3
+	// maxLayers bounds the time for a text with escapes of all kinds.
+	maxLayers = 40
+)
 
 // layer is a text without some of its escapes.
 type layer struct {
@@ -287,7 +296,8 @@ func (l layer) unescape(read func(text string) (meaning string, size int)) layer
 var wasCut = regexp.MustCompile(`^([\\%&]+[#0-9A-Za-z]{0,10})?(\.\.\.|…|$)`)
 
 // mark marks where secret is in l, as far as it is there.
-func (l layer) mark(secret string, isCut bool, hidden []bool) {
+func (l layer) mark(s secretText, isCut bool, hidden []bool) {
+	secret := s.text
 	for from := 0; ; {
 		i := strings.Index(l.text[from:], secret[:minSecret])
 		if i < 0 {
@@ -306,6 +316,9 @@ func (l layer) mark(secret string, isCut bool, hidden []bool) {
 				if isCut || tail[2] != "" { // dots
 					least = minSecret
 				}
+			}
+			if s.open > 0 { // with the user before it, less is enough
+				least = s.open + minSecret
 			}
 			if n < least {
 				continue

@@ -78,8 +78,8 @@ func maxConnections() int {
 
 const (
 	usualAnswer = 64 << 10 // bytes
-	// maxLong is how many longer answers of the engine are read at the same time. Hundreds that are
-	// as long as one may be would be a gigabyte.
+	// maxLong is how many longer answers of the engine have their turn at the same time. Hundreds
+	// that are as long as one may be would be a gigabyte. Those that hang are up to four times this.
 	maxLong = 24
 )
 
@@ -90,7 +90,8 @@ type inTurn struct {
 	turns chan struct{}
 	most  time.Duration // how long a turn lasts: an answer may hang
 	read  int
-	end   func() // of the turn, nil before it
+	end   func()      // ends the turn; nil before it
+	timer *time.Timer // the same after most
 }
 
 func (a *inTurn) Read(p []byte) (n int, err error) {
@@ -98,7 +99,7 @@ func (a *inTurn) Read(p []byte) (n int, err error) {
 		select {
 		case a.turns <- struct{}{}:
 			a.end = sync.OnceFunc(func() { <-a.turns })
-			time.AfterFunc(a.most, a.end)
+			a.timer = time.AfterFunc(a.most, a.end)
 		case <-a.ctx.Done():
 			return 0, a.ctx.Err()
 		}
@@ -110,11 +111,12 @@ func (a *inTurn) Read(p []byte) (n int, err error) {
 
 func (a *inTurn) close() {
 	if a.end != nil {
+		a.timer.Stop()
 		a.end()
 	}
 }
 
-// checkJSON returns why an answer is not to be decoded, though it may be JSON: a decoder's stack
+// checkJSON returns why body is not to be decoded, though it may be JSON: a decoder's stack
 // grows with its depth, and memory with its values. What is in strings, such as labels, does not
 // count.
 func checkJSON(body []byte) error {
@@ -144,14 +146,14 @@ func checkJSON(body []byte) error {
 			}
 		}
 		if depth > maxNesting {
-			return errors.New("the answer is nested too deep")
+			return errors.New("is nested too deep")
 		}
 	}
 	switch {
 	case entries > maxEntries:
-		return fmt.Errorf("the answer has over %d entries", maxEntries)
+		return fmt.Errorf("has over %d entries", maxEntries)
 	case values > fewValues+len(body)/perValue:
-		return errors.New("the answer has too many values for its length")
+		return errors.New("has too many values for its length")
 	}
 	return nil
 }
