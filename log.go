@@ -21,15 +21,14 @@ func newHandler(w io.Writer, level slog.Level) slog.Handler {
 	handling := &slog.HandlerOptions{Level: level}
 	inJournal, _ := journal.StderrIsJournalStream()
 	handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+		isOurs := a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey
 		switch {
-		case len(groups) > 0:
+		case len(groups) > 0 || !isOurs:
 			return fitAttr(a)
 		case a.Key == slog.TimeKey && inJournal:
 			return slog.Attr{} // the journal has its own
-		case a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey:
-			return a // our own words
 		}
-		return fitAttr(a)
+		return a
 	}
 	return slog.NewTextHandler(w, handling)
 }
