@@ -38,8 +38,8 @@ var defaultDocker = map[bool]string{
 const (
 	// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
 	maxAnswer = 32 << 20
-	// maxError bounds an answer that says what is wrong.
-	maxError = 64 << 10
+	// maxError bounds an answer that says what is wrong, in bytes. It is never a long one.
+	maxError = usualAnswer - 1
 	// maxStats bounds a stats answer, in bytes. With two networks it has 2 KB, with a thousand
 	// block devices on cgroup v1 1 MB.
 	maxStats = 2 << 20

@@ -463,7 +463,8 @@ func parseSpool(text string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	trouble, _ := inTime(func() string { return spoolTrouble(dir) }) // open looks again
+	// If the disk hangs, open looks again.
+	trouble, _ := inTime(storeWait, func() string { return spoolTrouble(dir) })
 	if trouble != "" {
 		return "", fmt.Errorf("%s: %s", shown(text), trouble)
 	}

@@ -31,7 +31,7 @@ func newStore(q *queue, s *spool) (*store, error) {
 		return st, nil
 	}
 	st.useDisk(false, true)
-	err, _ := inTime(func() error {
+	err, _ := inTime(storeWait, func() error {
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		err := st.open()
@@ -47,14 +47,14 @@ func newStore(q *queue, s *spool) (*store, error) {
 	return st, nil
 }
 
-// inTime returns what do returns. If the disk hangs, do goes on by itself, and ok is false.
-func inTime[T any](do func() T) (result T, ok bool) {
+// inTime returns what do returns. If that takes too long, do goes on by itself, and ok is false.
+func inTime[T any](within time.Duration, do func() T) (result T, ok bool) {
 	done := make(chan T, 1)
 	go func() { done <- do() }()
 	select {
 	case result = <-done:
 		return result, true
-	case <-time.After(storeWait):
+	case <-time.After(within):
 		return result, false
 	}
 }
@@ -199,12 +199,13 @@ func (st *store) read(ctx context.Context, name string) ([]byte, error) {
 // locked calls do with mu locked and returns its result. If the disk is busy for long, do is not
 // called; if do hangs, it goes on by itself. ok is false in both cases.
 func locked[T any](st *store, do func() T) (result T, ok bool) {
-	for end := time.Now().Add(storeWait); !st.mu.TryLock(); time.Sleep(storeWait / 100) {
+	end := time.Now().Add(storeWait)
+	for ; !st.mu.TryLock(); time.Sleep(storeWait / 100) {
 		if time.Now().After(end) {
 			return result, false
 		}
 	}
-	return inTime(func() T {
+	return inTime(time.Until(end), func() T {
 		defer st.mu.Unlock()
 		return do()
 	})
@@ -226,7 +227,7 @@ func (st *store) setAside(body []byte, oldest int64) (name string) {
 // metrics are kept there, how many of these were sent and not confirmed, and how many are lost.
 func (st *store) end() (kept, pending, lost int) {
 	if st.spool != nil {
-		inTime(func() struct{} {
+		inTime(storeWait, func() struct{} {
 			st.update()
 			st.mu.Lock()
 			defer st.mu.Unlock()
