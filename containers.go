@@ -124,7 +124,7 @@ func (cs *containers) name(known *container, listed *listed, host string, now *c
 	}
 	known.remark = remark
 	who := subject{name: name, id: known.id, image: cmp.Or(known.image, listed.Image)}
-	if cs.rules.needLabels() {
+	if !known.isNamed(name, host) && cs.rules.needLabels() {
 		who.labels = listed.labels()
 	}
 	err := now.unnamed[known.id]
@@ -144,6 +144,11 @@ func (cs *containers) name(known *container, listed *listed, host string, now *c
 	}
 }
 
+// isNamed reports whether the rules were applied to a container with this name, on this host.
+func (known *container) isNamed(name, host string) bool {
+	return known.path != "" && known.name == name && known.host == host
+}
+
 var errNoHost = errors.New("its rule needs the host's name, which the engine has not sent yet")
 
 // apply gives a container the path that the rules make of who. It changes nothing else.
@@ -151,7 +156,7 @@ func (cs *containers) apply(known *container, who subject, host string) error {
 	if host == "" && cs.rules.apply(who, "a") != cs.rules.apply(who, "b") {
 		return errNoHost
 	}
-	if known.path == "" || known.name != who.name || known.host != host {
+	if !known.isNamed(who.name, host) {
 		known.name, known.host = who.name, host
 		known.image = startOf(who.image)
 		known.naming = cs.rules.apply(who, host)

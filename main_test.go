@@ -764,11 +764,17 @@ func TestTheLogHoldsUpNothing(t *testing.T) {
 	harness.Must(t, daemon.Start())
 	t.Cleanup(func() { daemon.Process.Kill() })
 	writer.Close()
-	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
-	harness.AwaitText(t, deliveries, ".", 50)
+	awaitDeliveries(t, s)
 	reader.Close()
-	harness.AwaitText(t, deliveries, ".", len(s.Requests())+50)
+	awaitDeliveries(t, s)
 	interrupt(t, daemon)
+}
+
+// awaitDeliveries waits until 50 more have arrived.
+func awaitDeliveries(t *testing.T, s *harness.StandIn) {
+	t.Helper()
+	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
+	harness.AwaitText(t, deliveries, ".", len(s.Requests())+50)
 }
 
 // interrupt ends a daemon as a user does, and fails the test if that takes long.
@@ -804,8 +810,7 @@ func TestSystemdHoldsUpNothing(t *testing.T) {
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+path)
 	harness.Must(t, daemon.Start())
 	t.Cleanup(func() { daemon.Process.Kill() })
-	deliveries := func() string { return strings.Repeat(".", len(s.Requests())) }
-	harness.AwaitText(t, deliveries, ".", 50)
+	awaitDeliveries(t, s)
 	interrupt(t, daemon)
 }
 
@@ -883,8 +888,9 @@ func TestTheLogCountsWhatFails(t *testing.T) {
 		room = 1000
 		fmt.Fprintln(w, "last")
 		w.flush()
-		if got := regexp.MustCompile(`^first\nse\n(time=\S+ )?level=WARN msg="lines are missing in ` +
-			`the log, they could not be written" lines=400\nlast\n$`); !got.MatchString(written.String()) {
+		want := regexp.MustCompile(`^first\nse\n(time=\S+ )?level=WARN msg="lines are missing in ` +
+			`the log, they could not be written" lines=400\nlast\n$`)
+		if !want.MatchString(written.String()) {
 			t.Errorf("logged\n%s", written)
 		}
 	})

@@ -133,24 +133,26 @@ func (st *store) load(ctx context.Context, b *batch) ([]byte, error) {
 		return body, nil
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
-	case errors.Is(err, errAway):
+	case !errors.Is(err, errAway) && st.isSpoilt(f, b.count, err):
 		return nil, err
 	}
-	count := b.count // it may change while the disk hangs
+	st.useDisk(false, false)
+	return nil, errAway
+}
+
+// isSpoilt reports whether err, from reading f with so many metrics, is about that file only, and
+// sets that aside. Else the folder is closed, or its disk hangs.
+func (st *store) isSpoilt(f file, metrics int, err error) bool {
 	trouble, ok := locked(st, func() error {
 		trouble := st.spool.trouble(err)
 		if trouble == nil {
-			st.spool.setAside(f, count, err)
+			st.spool.setAside(f, metrics, err)
 		} else {
 			st.spool.fail(trouble)
 		}
 		return trouble
 	})
-	if ok && trouble == nil {
-		return nil, err
-	}
-	st.useDisk(false, false)
-	return nil, errAway
+	return ok && trouble == nil
 }
 
 // fileRead is the reading of a file, which is under way.
@@ -188,7 +190,6 @@ func (st *store) read(ctx context.Context, name string) ([]byte, error) {
 			if st.news.isNew("slow") {
 				st.queue.log.Warn("the disk of the spool is slow, waiting for a file", "file", name)
 			}
-			st.useDisk(false, false)
 			return nil, errAway
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)

@@ -79,7 +79,8 @@ func maxConnections() int {
 const (
 	usualAnswer = 64 << 10 // bytes
 	// maxLong is how many longer answers of the engine have their turn at the same time. Hundreds
-	// that are as long as one may be would be a gigabyte. Those that hang are up to four times this.
+	// that are as long as one may be would be a gigabyte. Of those that hang, up to four times as
+	// many are held.
 	maxLong = 24
 )
 
@@ -90,16 +91,16 @@ type inTurn struct {
 	turns chan struct{}
 	most  time.Duration // how long a turn lasts: an answer may hang
 	read  int
-	end   func()      // ends the turn; nil before it
-	timer *time.Timer // the same after most
+	end   func() // ends the turn; nil before it
 }
 
 func (a *inTurn) Read(p []byte) (n int, err error) {
 	if a.read > usualAnswer && a.end == nil {
 		select {
 		case a.turns <- struct{}{}:
-			a.end = sync.OnceFunc(func() { <-a.turns })
-			a.timer = time.AfterFunc(a.most, a.end)
+			end := sync.OnceFunc(func() { <-a.turns })
+			late := time.AfterFunc(a.most, end)
+			a.end = func() { late.Stop(); end() }
 		case <-a.ctx.Done():
 			return 0, a.ctx.Err()
 		}
@@ -111,7 +112,6 @@ func (a *inTurn) Read(p []byte) (n int, err error) {
 
 func (a *inTurn) close() {
 	if a.end != nil {
-		a.timer.Stop()
 		a.end()
 	}
 }
