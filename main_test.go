@@ -622,9 +622,9 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				harness.Must(t, err)
 				c := newCollector(e, nil, logger)
 				c.flow.limit = 1
-				s := &service{queue: d.queue, send: func(state string) bool {
+				s := &service{queue: d.queue, send: func(state string) <-chan struct{} {
 					out.WriteString(state + "\n")
-					return true
+					return make(chan struct{})
 				}}
 				s.hasSwept(c.sweep(t.Context()), 0)
 				s.hasSwept(c.sweep(t.Context()), 0)
@@ -1000,11 +1000,11 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 		var signs int
 		q, _ := (&receiver{}).queue(t)
 		s := &service{watchdog: 2 * time.Minute, queue: q.queue,
-			send: func(state string) bool {
+			send: func(state string) <-chan struct{} {
 				if state == "WATCHDOG=1" {
 					signs++
 				}
-				return true
+				return make(chan struct{})
 			}}
 		for range 10 * 60 { // answers, one a second
 			s.alive()

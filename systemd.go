@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"os"
 	"sync"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 // process up between sweeps.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 type service struct {
-	send     func(state string) bool
+	send     func(state string) <-chan struct{} // see newNotifier
 	queue    *queue
 	watchdog time.Duration // timeout of systemd's watchdog, 0: none
 
@@ -36,31 +35,43 @@ func newService(poll time.Duration, q *queue) *service {
 	return s
 }
 
+// note is something to tell systemd.
+type note struct {
+	state string
+	told  chan struct{} // closed when systemd was told
+}
+
 // newNotifier returns a function that tells systemd something. It never waits: a systemd that has
-// crashed, or is frozen, holds up nothing. It reports whether there was room for the state.
-func newNotifier() func(state string) bool {
-	if os.Getenv("NOTIFY_SOCKET") == "" {
-		return func(string) bool { return true }
-	}
-	states := make(chan string, 16)
+// crashed, or is frozen, holds up nothing. The channel it returns is closed when systemd was told;
+// it is nil if there was no room.
+func newNotifier() func(state string) <-chan struct{} {
+	notes := make(chan note, 16)
 	go func() {
-		for state := range states {
-			_, _ = daemon.SdNotify(false, state) // an error has nowhere else to go
+		for n := range notes {
+			_, _ = daemon.SdNotify(false, n.state) // an error has nowhere else to go
+			close(n.told)
 		}
 	}()
-	return func(state string) bool {
+	return func(state string) <-chan struct{} {
+		n := note{state, make(chan struct{})}
 		select {
-		case states <- state:
-			return true
+		case notes <- n:
+			return n.told
 		default:
-			return false
+			return nil
 		}
 	}
 }
 
 func (s *service) ready() { s.send(daemon.SdNotifyReady) }
 
-func (s *service) ending() { s.send(daemon.SdNotifyStopping) }
+// ending waits until systemd was told, but not for long: the process may end at once.
+func (s *service) ending() {
+	select {
+	case <-s.send(daemon.SdNotifyStopping):
+	case <-time.After(flushWithin):
+	}
+}
 
 // alive pings the watchdog, at most every eighth of its timeout, unless delivery hangs.
 func (s *service) alive() {
@@ -93,7 +104,7 @@ func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	status := fit(s.swept+"; queue: "+s.waiting(), maxShown)
-	if status != s.status && s.send("STATUS="+status) {
+	if status != s.status && s.send("STATUS="+status) != nil {
 		s.status = status
 	}
 }
