@@ -19,7 +19,6 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 	if err != nil {
 		return "", false, err
 	}
-	nameAll(ctx, c, now)
 	var lines strings.Builder
 	table := tabwriter.NewWriter(&lines, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "CONTAINER\tRULE\tCATEGORY\tMETRICS")
@@ -32,14 +31,12 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 			rule = strconv.Itoa(known.rule)
 		}
 		switch {
-		case now.unnamed[known.id] != nil:
-			metrics, remark = "?", "cannot be named: "+errorText(now.unnamed[known.id])
+		case known.path == "":
+			metrics, remark = "?", "cannot be named: "+errorText(known.err)
 		case known.drop:
 			metrics, remark = "-", "dropped"
 		case known.shadowed != "":
 			remark = "left out: " + known.shadowed + " has this name already"
-		case known.remark != "":
-			remark = "no name of its own in the engine's list: " + known.remark
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", fit(known.name, maxForeign), rule,
 			cmp.Or(known.category, "-"), metrics, fit(remark, maxShown))
@@ -50,20 +47,4 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
 	}
 	return trimmed.String(), now.collisions == 0 && len(now.unnamed) == 0, nil
-}
-
-// nameAll names the containers whose image only inspect knows.
-func nameAll(ctx context.Context, c *collector, now *census) {
-	errs := make([]error, len(now.imageless))
-	c.flow.run(len(errs), func(i int) {
-		late := now.imageless[i]
-		s := sampling{collector: c, known: late.container}
-		errs[i] = s.name(ctx, late)
-	})
-	for i, late := range now.imageless {
-		if errs[i] != nil {
-			now.unnamed[late.id] = errs[i]
-		}
-	}
-	c.containers.share(now)
 }

@@ -39,21 +39,17 @@ type about struct {
 	askedAt  time.Time // zero: never
 	nameless bool      // whether it will not tell its name
 	news     news
-	call     *infoCall // under way, nil if none is
+	call     chan aboutNow // gets the answer to the call that is under way, nil if none is
 }
 
-// infoCall asks an engine about itself, beside everything else: it is the call that hangs most
-// often, because of a plugin.
-type infoCall struct {
-	done chan struct{} // closed when the rest is there
-	info info
-	err  error
+type aboutNow struct {
+	info
+	err error
 }
 
 func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
 	return &collector{
 		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
-		flow: flow{most: maxConnections()},
 	}
 }
 
@@ -82,7 +78,7 @@ func (c *collector) hostName() string {
 // sweep lists the running containers, asks all of them side by side, and returns their metrics
 // and the host's. A container that fails costs the others nothing. Trouble is logged once, until
 // it is over.
-func (c *collector) sweep(ctx context.Context) sweepResult {
+func (c *collector) sweep(ctx context.Context) (result sweepResult) {
 	start := time.Now()
 	now, err := c.survey(ctx)
 	if err != nil {
@@ -90,12 +86,16 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 		c.engineFailed(ctx, err)
 		return sweepResult{err: err}
 	}
-	metrics, asked, errs := c.askAll(ctx, now, start)
+	metrics, errs := c.askAll(ctx, now.asked, start)
 	c.hear(c.engine.timeout)
-	result := sweepResult{metrics: metrics, running: now.running, failed: len(now.unnamed),
-		collisions: now.collisions}
+	result = sweepResult{metrics: metrics, running: now.running, collisions: now.collisions}
 	result.err = c.engineTrouble(ctx, errs)
-	c.judge(ctx, &result, asked, errs)
+	for i, known := range now.asked {
+		c.judge(ctx, &result, known, errs[i])
+	}
+	for _, known := range now.unnamed {
+		c.judge(ctx, &result, known, known.err)
+	}
 	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host
 		c.addHost(&result, now, start)
 		c.size = len(result.metrics) + len(result.metrics)/8
@@ -107,9 +107,13 @@ func (c *collector) sweep(ctx context.Context) sweepResult {
 // engine about 0.1 ms. Above that, /info tells their number every ten minutes.
 const manyStopped = 200
 
-// survey lists the engine's containers, gives names to those that run, and asks what happened since
-// the last time. An engine that is new, failed last time or was upgraded is first asked what it is.
-func (c *collector) survey(ctx context.Context) (*census, error) {
+// survey lists the engine's containers, asks what happened since the last time, and names those
+// that run. An engine that is new, failed last time or was upgraded is first asked what it is.
+func (c *collector) survey(sweep context.Context) (*census, error) {
+	// All calls here share one limit: an engine that hangs must not hold up the next sweep.
+	limit := c.engine.timeout
+	ctx, cancel := context.WithTimeoutCause(sweep, limit, noAnswer(limit))
+	defer cancel()
 	fresh := !c.answered || c.engine.changed.Load()
 	if fresh {
 		server, err := c.engine.hello(ctx)
@@ -120,96 +124,95 @@ func (c *collector) survey(ctx context.Context) (*census, error) {
 	}
 	isOld := time.Since(c.about.askedAt) > refresh
 	if fresh || isOld || c.hostName() == "" {
-		c.ask(ctx)
+		c.ask(sweep)
 	}
 	if fresh || c.hostName() == "" && c.containers.rules.needHost() {
 		c.hear(c.engine.timeout / 2)
 	}
 	all := c.about.Stopped.n <= manyStopped || isOld
-	list, err := c.engine.list(ctx, all)
+	list, at, err := c.engine.list(ctx, all)
 	if err != nil {
 		return nil, err
 	}
-	now, everything := time.Now(), len(list)
+	everything := len(list)
 	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
 	if c.answered = true; c.news.isNew("it is " + c.server + c.engine.api) {
 		c.log.Info("Docker engine answers", "engine", c.server, "api", c.engine.api,
 			"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
 	}
-	c.compareClocks()
-	c.containers.changed(c.events.poll(ctx, c.engine))
-	seen := c.containers.remember(list, c.hostName(), c.engine.clock.at(now))
+	c.compareClocks(at)
+	c.containers.remember(list)
+	c.containers.changed(c.events.poll(ctx, c.engine, at))
+	c.findImages(ctx)
+	c.containers.apply(c.hostName())
+	now := c.containers.share()
 	if all { // those that wait to be restarted are stopped, for /info
-		c.about.Stopped = counted(uint64(everything - len(list) + seen.restarting))
+		c.about.Stopped = counted(uint64(everything - len(list) + now.restarting))
 	}
-	return seen, nil
+	return now, nil
 }
 
-// ask begins to ask the engine about itself, unless that is under way.
+// ask begins to ask the engine about itself, beside everything else: it is the call that hangs most
+// often, because of a plugin.
 func (c *collector) ask(ctx context.Context) {
-	if c.about.call != nil {
+	if c.about.call != nil { // it is under way
 		return
 	}
-	call := &infoCall{done: make(chan struct{})}
+	call := make(chan aboutNow, 1)
 	c.about.call = call
 	go func() {
-		defer close(call.done)
-		call.info, call.err = c.engine.info(ctx)
+		i, err := c.engine.info(ctx)
+		call <- aboutNow{i, err}
 	}()
 }
 
 // hear takes over what the engine says about itself, if it was asked and answers in time. A proxy
 // before the engine may forbid the question: the sweep goes on all the same.
 func (c *collector) hear(within time.Duration) {
-	call := c.about.call
-	if call == nil {
+	if c.about.call == nil {
 		return
 	}
+	var now aboutNow
 	select {
-	case <-call.done:
+	case now = <-c.about.call:
 	case <-time.After(within):
 		return
 	}
 	c.about.call = nil
-	err := call.err
-	if err == nil {
-		if call.info.Stopped.absent() {
-			call.info.Stopped = c.about.Stopped
+	if now.err == nil {
+		if now.Stopped.absent() {
+			now.Stopped = c.about.Stopped
 		}
-		call.info.Name = cmp.Or(call.info.Name, c.about.Name)
-		c.about.info, c.about.askedAt = call.info, time.Now()
+		now.Name = cmp.Or(now.Name, c.about.Name)
+		c.about.info, c.about.askedAt = now.info, time.Now()
 	}
-	if err == nil || isRefusal(err) {
-		c.about.nameless = err != nil || call.info.Name == ""
+	if now.err == nil || isRefusal(now.err) {
+		c.about.nameless = now.Name == ""
 	}
-	text := errorText(err)
-	if errors.Is(err, context.Canceled) || !c.about.news.isNew(text) {
+	text := errorText(now.err)
+	if errors.Is(now.err, context.Canceled) || !c.about.news.isNew(text) {
 		return
 	}
 	switch {
-	case isRefusal(err):
+	case isRefusal(now.err):
 		c.log.Warn("Docker engine refuses /info, so this may not be its host's name; "+
 			"set it with --host", "host", c.hostName(), "error", text)
-	case err != nil && c.hostName() == "":
+	case now.err != nil && c.hostName() == "":
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll; until then "+
 			"there are no metrics of the host, and of containers with ${host} in their rule; "+
 			"or set the name with --host", "error", text)
-	case err != nil:
+	case now.err != nil:
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll", "error", text)
 	}
-}
-
-// origin returns the host's CPUs and memory, as /info tells them.
-func (c *collector) origin() origin {
-	return origin{cpus: c.about.NCPU.n, memory: c.about.MemTotal.n}
 }
 
 // maxSkew is how far the engine's clock may be off ours without a warning.
 const maxSkew = 30 * time.Second
 
-// compareClocks warns of an engine whose clock differs from ours.
-func (c *collector) compareClocks() {
-	off, skewed := c.engine.clock.off(), ""
+// compareClocks warns of an engine whose clock differs from ours. at is its time, without the
+// fraction of the second.
+func (c *collector) compareClocks(at time.Time) {
+	off, skewed := time.Until(at.Add(time.Second/2)), ""
 	if off.Abs() > maxSkew {
 		skewed = "skewed"
 	}
@@ -217,6 +220,22 @@ func (c *collector) compareClocks() {
 		c.log.Warn("Docker engine's clock differs from this host's, metrics have the engine's time",
 			"ahead", off.Round(time.Second))
 	}
+}
+
+// findImages asks inspect for the images that only it knows.
+func (c *collector) findImages(ctx context.Context) {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.engine.timeout/4, noAnswer(c.engine.timeout/4))
+	defer cancel()
+	list := c.containers.imageless()
+	c.flow.run(len(list), func(i int) {
+		known := list[i]
+		if now, err := c.engine.inspect(ctx, known.ID); err != nil {
+			known.err = fmt.Errorf("its image: %w", err)
+		} else {
+			known.learn(now)
+			known.madeOf = cmp.Or(now.Config.Image, known.Image)
+		}
+	})
 }
 
 // engineFailed logs what is wrong with the engine, if that is news.
@@ -230,61 +249,34 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	}
 }
 
-// askAll samples the containers side by side. It returns the metrics of those that have a path for
-// themselves, the containers that were asked, and an error or nil for each of these.
-func (c *collector) askAll(ctx context.Context, now *census, start time.Time) (
-	metrics []metric, asked []*container, errs []error,
+// askAll samples containers side by side. It returns their metrics, and an error or nil for each.
+func (c *collector) askAll(ctx context.Context, asked []*container, start time.Time) (
+	metrics []metric, errs []error,
 ) {
-	named := len(now.asked)
-	asked = slices.Clone(now.asked)
-	for _, late := range now.imageless {
-		asked = append(asked, late.container)
-	}
 	metrics = make([]metric, 0, c.size)
-	ofLate := make([][]metric, len(now.imageless)) // another container may have their path
 	errs = make([]error, len(asked))
-	from, at := c.origin(), c.engine.clock.at(start)
 	var mu sync.Mutex // of metrics
-	if c.engine.inTicks {
-		c.flow.inTicks()
-	}
+	c.flow.inTicks = c.engine.inTicks
 	c.flow.run(len(asked), func(i int) {
 		// All calls for a container share one limit: it must not hold up the next sweep.
 		limit := c.engine.timeout
 		ctx, cancel := context.WithTimeoutCause(ctx, limit, noAnswer(limit))
 		defer cancel()
 		b := buffers.Get().(*buffer)
-		defer b.release()
-		s := sampling{c, asked[i], from, at, flattener{
+		defer buffers.Put(b)
+		s := sampling{c, asked[i], flattener{
 			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
 		}}
-		if i >= named {
-			errs[i] = s.name(ctx, now.imageless[i-named])
-		}
-		if errs[i] == nil && !s.known.drop {
-			errs[i] = s.sample(ctx, &b.body)
-		}
+		errs[i] = s.sample(ctx, &b.body)
 		b.metrics = s.metrics
 		if c.alive != nil {
 			c.alive()
-		}
-		if i >= named {
-			ofLate[i-named] = slices.Clone(b.metrics)
-			return
 		}
 		mu.Lock()
 		defer mu.Unlock()
 		metrics = append(metrics, b.metrics...)
 	})
-	if len(ofLate) > 0 {
-		c.containers.share(now)
-	}
-	for i, late := range ofLate {
-		if c.containers.holds(asked[named+i]) {
-			metrics = append(metrics, late...)
-		}
-	}
-	return metrics, asked, errs
+	return metrics, errs
 }
 
 // engineTrouble returns why the sweep as a whole failed, or nil. Where a connection failed, it
@@ -300,24 +292,17 @@ func (c *collector) engineTrouble(ctx context.Context, errs []error) error {
 	return err
 }
 
-// judge counts which containers were read and which failed. It logs that, unless the sweep as a
+// judge counts whether a container was read or has failed. It logs that, unless the sweep as a
 // whole failed.
-func (c *collector) judge(
-	ctx context.Context, result *sweepResult, asked []*container, errs []error,
-) {
-	for i, err := range errs {
-		if known := asked[i]; known.path != "" && !c.containers.holds(known) {
-			continue // left out, as its name has shown
-		}
-		switch {
-		case err == nil, errors.Is(err, errRestarting):
-			result.sampled++
-		case !isGone(err) && ctx.Err() == nil:
-			result.failed++
-		}
-		if result.err == nil {
-			c.containers.report(asked[i], err)
-		}
+func (c *collector) judge(ctx context.Context, result *sweepResult, known *container, err error) {
+	switch {
+	case err == nil, errors.Is(err, errRestarting):
+		result.sampled++
+	case !errors.Is(err, errStopped) && ctx.Err() == nil:
+		result.failed++
+	}
+	if result.err == nil {
+		c.containers.report(known, err)
 	}
 }
 
@@ -351,126 +336,37 @@ type buffer struct {
 
 var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
-// maxPooled bounds what a buffer keeps, in bytes: a large answer arrives in another buffer each
-// time, until all are large.
-const maxPooled = 64 << 10
-
-// release makes b free for another sample.
-func (b *buffer) release() {
-	if b.body.Cap() > maxPooled {
-		b.body = bytes.Buffer{}
-	}
-	if cap(b.metrics) > maxPooled/64 { // 56 bytes each
-		b.metrics = nil
-	}
-	buffers.Put(b)
-}
-
 // sampling makes the metrics of one container.
 type sampling struct {
 	*collector
 	known *container
-	from  origin
-	now   time.Time // when the sweep began, by the engine's clock
 	flattener
-}
-
-// name asks for the container's image and gives it the path that the rules make of that.
-func (s *sampling) name(ctx context.Context, late *imageless) error {
-	now, err := s.engine.inspect(ctx, s.known.id)
-	if err != nil {
-		return fmt.Errorf("its image: %w", err)
-	}
-	s.known.learn(now, s.now)
-	late.who.image = cmp.Or(now.Config.Image, late.who.image)
-	err = s.containers.apply(s.known, late.who, s.hostName())
-	s.path = s.known.path
-	return err
 }
 
 // sample asks for the container and collects its metrics. One that waits for its restart sends only
 // .restarts.
 func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
-	if s.known.restarting {
+	known, start := s.known, s.at
+	if known.state() == "restarting" {
 		if err := s.inspect(ctx); err != nil {
 			return err
 		}
 	}
-	err := s.measure(ctx, body)
-	if !isDoubtful(err) {
-		return err
-	}
-	now := s.lookAgain(ctx)
+	stats, from, err := s.read(ctx, body)
 	switch {
-	case isGone(now), errors.Is(now, errRestarting):
-		return now
-	case errors.Is(err, errStopped): // so it seemed
-		err = rubbish{errors.New("its stats answer is empty")}
-		if now != nil {
-			err = rubbish{fmt.Errorf("%w, and inspect: %w", err, now)}
-		}
-	}
-	return err
-}
-
-// ending is for how long an engine may say that a container runs whose process has ended.
-const ending = 1500 * time.Millisecond
-
-// lookAgain asks inspect whether a container runs that seems not to: several times, if it did at
-// the last poll.
-func (s *sampling) lookAgain(ctx context.Context) error {
-	err := s.inspect(ctx)
-	until := time.Now().Add(min(ending, s.engine.timeout/2))
-	for err == nil && s.known.news.said == "" && time.Now().Before(until) {
-		select {
-		case <-time.After(ending / 10):
-		case <-ctx.Done():
-			return nil
-		}
-		err = s.inspect(ctx)
-	}
-	return err
-}
-
-// inspect asks what only inspect tells. It returns nil if the container runs. If it waits for its
-// restart, .restarts is added.
-func (s *sampling) inspect(ctx context.Context) error {
-	now, err := s.engine.inspect(ctx, s.known.id)
-	if err != nil {
+	case isDoubtful(err):
+		return s.doubt(ctx, err)
+	case err != nil:
 		return err
 	}
-	s.known.learn(now, s.now)
-	switch {
-	case now.State.Restarting:
-		s.add(".restarts", s.known.restarts)
-		return errRestarting
-	case !now.State.Running:
-		return errStopped
-	}
-	return nil
-}
-
-// measure asks for the container's stats.
-func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
-	known, start := s.known, s.at
-	body.Reset()
-	from, err := s.engine.stats(ctx, known.id, body)
-	if err != nil {
-		return err
-	}
-	stats, err := decodeStats(body.Bytes())
-	if err != nil {
-		return err
-	}
-	from.cpus, from.memory = s.from.cpus, s.from.memory
 	stats.flatten(&s.flattener, known.path, from, s.per)
-	if known.stale {
-		now, err := s.engine.inspect(ctx, known.id)
+	if known.isStale(stats.CPU.Usage.Total) {
+		now, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
 			known.last = nil // nobody knows whether it was restarted
-			return noUptime{err}
+			return fmt.Errorf("its uptime: %w", err)
 		}
-		known.learn(now, s.now)
+		known.learn(now)
 	}
 	sample := stats.cpuSample(known.startedAt, from)
 	if percent, ok := sample.percentSince(known.last); ok {
@@ -479,5 +375,58 @@ func (s *sampling) measure(ctx context.Context, body *bytes.Buffer) error {
 	known.last = sample
 	s.at = start // what follows is not of the stats answer
 	known.flatten(&s.flattener, *stats.Read)
+	return nil
+}
+
+// read asks for the container's stats.
+func (s *sampling) read(ctx context.Context, body *bytes.Buffer) (*stats, origin, error) {
+	body.Reset()
+	from, err := s.engine.stats(ctx, s.known.ID, body)
+	if err != nil {
+		return nil, from, err
+	}
+	from.cpus, from.memory = s.about.NCPU.n, s.about.MemTotal.n
+	stats, err := decodeStats(body.Bytes())
+	return stats, from, err
+}
+
+// ending is for how long an engine may say that a container runs whose process has ended.
+const ending = 1500 * time.Millisecond
+
+// doubt returns what is wrong with a container whose stats call failed with err, as it does for one
+// that does not run.
+func (s *sampling) doubt(ctx context.Context, err error) error {
+	now := s.inspect(ctx)
+	if now == nil && s.known.news.said == "" { // it was well at the last poll
+		select {
+		case <-time.After(min(ending, s.engine.timeout/2)):
+			now = s.inspect(ctx)
+		case <-ctx.Done():
+		}
+	}
+	switch {
+	case now != nil:
+		return now
+	case errors.Is(err, errStopped): // so it seemed
+		return errors.New("its stats answer is empty")
+	}
+	return err
+}
+
+// inspect asks what only inspect tells. It returns nil if the container runs. If it waits for its
+// restart, .restarts is added.
+func (s *sampling) inspect(ctx context.Context) error {
+	now, err := s.engine.inspect(ctx, s.known.ID)
+	if err != nil {
+		return err
+	}
+	s.known.learn(now)
+	switch {
+	case now.State.Restarting:
+		s.add(".restarts", s.known.restarts)
+		return errRestarting
+	case !now.State.Running:
+		return errStopped
+	}
 	return nil
 }

@@ -17,11 +17,9 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,15 +33,8 @@ var defaultDocker = map[bool]string{
 	false: "unix:///var/run/docker.sock",
 }[runtime.GOOS == "windows"]
 
-const (
-	// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
-	maxAnswer = 32 << 20
-	// maxError bounds an answer that says what is wrong, in bytes. It is never a long one.
-	maxError = usualAnswer - 1
-	// maxStats bounds a stats answer, in bytes. With two networks it has 2 KB, with a thousand
-	// block devices on cgroup v1 1 MB.
-	maxStats = 2 << 20
-)
+// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
+const maxAnswer = 32 << 20
 
 // engine is a Docker engine, or something else that speaks its API. It only gets GET requests.
 // What each call below means is in the part that it names of
@@ -58,41 +49,6 @@ type engine struct {
 	oneShot bool        // whether it knows one-shot stats
 	inTicks bool        // whether it is known to answer for stats once a second only
 	podman  bool
-	clock   clock
-	long    chan struct{} // a value for each long answer that is being read
-}
-
-// clock is how far an engine's clock is ahead of ours: between least and most, as the times in
-// its answers tell. Calls learn from it side by side.
-type clock struct {
-	mu          sync.Mutex
-	least, most time.Duration
-}
-
-// learn takes in that the engine's time was in [from, to] at some moment in [sent, received].
-func (c *clock) learn(from, to, sent, received time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	// By the wall clock: ours can be set, too.
-	least, most := from.Sub(received.Round(0)), to.Sub(sent.Round(0))
-	isFirst := c.most == 0 && c.least == 0
-	if c.least, c.most = max(c.least, least), min(c.most, most); isFirst || c.least > c.most {
-		c.least, c.most = least, most // in the second case, one of the clocks was set
-	}
-}
-
-// at returns the engine's time at a time of ours, or a little earlier.
-func (c *clock) at(ours time.Time) time.Time {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return ours.Round(0).Add(c.least)
-}
-
-// off returns by how much the two clocks differ at least.
-func (c *clock) off() time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return max(c.least, 0) + min(c.most, 0)
 }
 
 // newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port, http://,
@@ -105,13 +61,12 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 	base := strings.TrimRight(u.String(), "/")
 	client, err := docker.NewClient(base)
 	if err != nil {
-		return nil, fmt.Errorf("%s: want a URL "+
-			"such as unix:///var/run/docker.sock or tcp://host:2375", err)
+		return nil, fmt.Errorf("%s; %s", err, wantEndpoint)
 	}
 	client.Dialer = &net.Dialer{Timeout: timeout}
 	connections := newTransport(timeout)
 	connections.TLSClientConfig = tlsConfig
-	connections.MaxConnsPerHost = maxConnections() + 1 // that of /info
+	connections.MaxConnsPerHost = maxInFlight + 1 // that of /info
 	// As many as usually are in flight; the engine holds a goroutine for each. They have no idle
 	// timeout, which would cause wake-ups between sweeps.
 	connections.MaxIdleConnsPerHost = 128
@@ -122,24 +77,20 @@ func newEngine(endpoint string, timeout time.Duration) (*engine, error) {
 		// Any host will do, but connections are counted by host, and this is the library's.
 		base = "http://unix.sock"
 	}
-	client.HTTPClient.Transport = transport{connections, maxAnswer + 1} // to notice what is more
+	client.HTTPClient.Transport = transport{connections, maxAnswer}
 	client.HTTPClient.CheckRedirect = func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // another server would be asked
 	}
-	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout,
-		long: make(chan struct{}, maxLong)}, nil
+	return &engine{client: client, shown: withoutUser(u), base: base, timeout: timeout}, nil
 }
 
 const wantEndpoint = "want one such as unix:///var/run/docker.sock or tcp://host:2375"
 
-// hostAndPort matches an address that lacks its scheme, such as localhost:2375.
-var hostAndPort = regexp.MustCompile(`^([\w.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]+$`)
-
 // parseEndpoint reads an engine's address. The scheme of u is unix, npipe, http or https. tlsConfig
 // is nil if TLS is not wanted.
 func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err error) {
-	if hostAndPort.MatchString(endpoint) {
-		return nil, nil, fmt.Errorf("no scheme in it; write tcp://%s", endpoint)
+	if !strings.Contains(endpoint, "://") {
+		return nil, nil, errors.New("no scheme in it; " + wantEndpoint)
 	}
 	u, err = url.Parse(endpoint)
 	if err != nil {
@@ -159,8 +110,6 @@ func parseEndpoint(endpoint string) (u *url.URL, tlsConfig *tls.Config, err erro
 		}
 	case "tcp", "http", "https":
 		tlsConfig, err = overNetwork(u)
-	case "":
-		err = errors.New("no scheme in it; " + wantEndpoint)
 	default:
 		err = fmt.Errorf("cannot speak %s://; want unix://, tcp://, http:// or https://", u.Scheme)
 	}
@@ -175,11 +124,6 @@ func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
 	}
 	if u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
 		return nil, fmt.Errorf("there is a ? or a # in it; the form is %s://host:port", u.Scheme)
-	}
-	if port := u.Port(); port != "" {
-		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-			return nil, fmt.Errorf("no port has the number %s; they go from 1 to 65535", port)
-		}
 	}
 	if u.Scheme != "http" {
 		if tlsConfig, err = tlsFromEnv(u.Scheme == "https"); err != nil {
@@ -216,18 +160,8 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 	if dir == "" && !verify {
 		return config, nil
 	}
-	if dir == "" {
-		dir = os.Getenv("DOCKER_CONFIG")
-	}
-	if dir == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return nil, errors.New("DOCKER_TLS_VERIFY is set " +
-				"but neither DOCKER_CERT_PATH nor a home directory; " +
-				"set DOCKER_CERT_PATH to the folder with ca.pem, cert.pem and key.pem")
-		}
-		dir = filepath.Join(home, ".docker")
-	}
+	home, _ := os.UserHomeDir()
+	dir = cmp.Or(dir, os.Getenv("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
 	ca, err := readText(filepath.Join(dir, "ca.pem"))
 	if err != nil {
 		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; "+
@@ -251,7 +185,7 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 // the engine calls itself, such as "Docker/20.10.24 (linux)".
 // API: #tag/System/operation/SystemPing
 func (e *engine) hello(ctx context.Context) (server string, err error) {
-	header, err := e.get(ctx, "/_ping", 1<<10, new(bytes.Buffer))
+	header, err := e.get(ctx, "/_ping", new(bytes.Buffer))
 	if err != nil {
 		return "", err
 	}
@@ -310,33 +244,18 @@ func (c *count) UnmarshalJSON(text []byte) error {
 
 // info is the part of an engine's /info that is used.
 type info struct {
-	Name       string // that of its host
-	NCPU       count
-	MemTotal   count // bytes
-	SystemTime string
-	Running    count `json:"ContainersRunning"`
-	Paused     count `json:"ContainersPaused"`
-	Stopped    count `json:"ContainersStopped"`
+	Name     string // that of its host
+	NCPU     count
+	MemTotal count // bytes
+	Stopped  count `json:"ContainersStopped"`
 }
 
 // info asks the engine about itself. It is the dearest call there is: the engine starts other
 // programs for their versions.
 // API: #tag/System/operation/SystemInfo
-func (e *engine) info(ctx context.Context) (info, error) {
-	var body bytes.Buffer
-	sent := time.Now()
-	if _, err := e.get(ctx, "/info", maxStats, &body); err != nil {
-		return info{}, err
-	}
-	received := time.Now()
-	var i info
-	if err := decodeLoosely(body.Bytes(), &i); err != nil {
-		return info{}, rubbish{fmt.Errorf("/info: %w", err)}
-	}
-	if now, err := time.Parse(time.RFC3339Nano, i.SystemTime); err == nil {
-		e.clock.learn(now, now, sent, received)
-	}
-	return i, nil
+func (e *engine) info(ctx context.Context) (i info, err error) {
+	_, err = ask(ctx, e, "/info", &i)
+	return i, err
 }
 
 // listed is the part of an entry in the list of containers that is used.
@@ -353,27 +272,20 @@ type listed struct {
 
 type health struct{ Status string }
 
-// list returns the containers that run, paused and restarting ones too, or all of them.
+// list returns the containers that run, paused and restarting ones too, or all of them. at is the
+// engine's time, in whole seconds: its clock may be another one than ours.
 // API: #tag/Container/operation/ContainerList
-func (e *engine) list(ctx context.Context, all bool) ([]listed, error) {
-	var body bytes.Buffer
+func (e *engine) list(ctx context.Context, all bool) (list []listed, at time.Time, err error) {
 	path := "/containers/json"
 	if all {
 		path += "?all=1"
 	}
-	sent := time.Now()
-	header, err := e.get(ctx, path, maxAnswer, &body)
-	if err != nil {
-		return nil, err
+	at = time.Now()
+	header, err := ask(ctx, e, path, &list)
+	if date, err := http.ParseTime(header.Get("Date")); err == nil {
+		at = date
 	}
-	if date, err := http.ParseTime(header.Get("Date")); err == nil { // whole seconds
-		e.clock.learn(date, date.Add(time.Second), sent, time.Now())
-	}
-	var list []listed
-	if err := decodeLoosely(body.Bytes(), &list); err != nil {
-		return nil, rubbish{fmt.Errorf("the list of containers: %w", err)}
-	}
-	return list, nil
+	return list, at, err
 }
 
 // inspected is the part of an answer to inspect that is used.
@@ -395,23 +307,26 @@ type inspected struct {
 	}
 }
 
+// state returns "running", "paused", "restarting", or another word for a container that does not
+// run.
+func (l *listed) state() string {
+	switch {
+	case l.State != "":
+		return l.State
+	case strings.HasPrefix(l.Status, "Restarting"):
+		return "restarting"
+	case strings.HasSuffix(l.Status, "(Paused)"):
+		return "paused"
+	case l.Status == "" || strings.HasPrefix(l.Status, "Up"):
+		return "running"
+	}
+	return "exited"
+}
+
 // runs reports whether a container in a list of all of them is one of those that run.
 func (l *listed) runs() bool {
-	switch l.State {
-	case "running", "paused", "restarting":
-		return true
-	case "":
-		return l.Status == "" || strings.HasPrefix(l.Status, "Up") || l.isRestarting()
-	}
-	return false
-}
-
-func (l *listed) isRestarting() bool {
-	return l.State == "restarting" || l.State == "" && strings.HasPrefix(l.Status, "Restarting")
-}
-
-func (l *listed) isPaused() bool {
-	return l.State == "paused" || l.State == "" && strings.HasSuffix(l.Status, "(Paused)")
+	state := l.state()
+	return state == "running" || state == "paused" || state == "restarting"
 }
 
 // labels returns the container's labels, nil if they are no object.
@@ -438,10 +353,7 @@ func (l *listed) healthStatus() string {
 // cpuLimit returns how many CPUs a container may use, 0 if there is no limit.
 func (now *inspected) cpuLimit() (least float64) {
 	host := &now.HostConfig
-	period := host.CPUPeriod.n
-	if period == 0 {
-		period = 100_000 // the kernel's default
-	}
+	period := cmp.Or(host.CPUPeriod.n, 100_000) // the kernel's default
 	for _, limit := range [...]float64{
 		float64(host.NanoCpus.n) / 1e9,
 		float64(host.CPUQuota.n) / float64(period),
@@ -458,12 +370,12 @@ func (now *inspected) cpuLimit() (least float64) {
 func sizeOf(cpuset string) (size uint64) {
 	for part := range strings.SplitSeq(cpuset, ",") {
 		first, last, isRange := strings.Cut(strings.TrimSpace(part), "-")
-		from, err := strconv.ParseUint(first, 10, 16)
-		to := from
-		if err == nil && isRange {
-			to, err = strconv.ParseUint(last, 10, 16)
+		if !isRange {
+			last = first
 		}
-		if err != nil || to < from {
+		from, err := strconv.ParseUint(first, 10, 16)
+		to, err2 := strconv.ParseUint(last, 10, 16)
+		if err != nil || err2 != nil || to < from {
 			return 0
 		}
 		size += to - from + 1
@@ -471,31 +383,27 @@ func sizeOf(cpuset string) (size uint64) {
 	return size
 }
 
-// inspect returns what the engine knows of a container beside its stats. Its error is a
-// *docker.NoSuchContainer for one that is no more.
+// inspect returns what the engine knows of a container beside its stats. Its error is errStopped
+// for one that is no more.
 // API: #tag/Container/operation/ContainerInspect
 func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {
-	var body bytes.Buffer
-	_, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/json", maxStats, &body)
-	var status *docker.Error
-	switch {
-	case errors.As(err, &status) && status.Status == http.StatusNotFound:
-		return nil, &docker.NoSuchContainer{ID: id}
-	case err != nil:
-		return nil, err
+	found := new(inspected)
+	_, err := ask(ctx, e, "/containers/"+url.PathEscape(id)+"/json", found)
+	if statusOf(err) == http.StatusNotFound {
+		return nil, errStopped
 	}
-	var found inspected
-	if err := decodeLoosely(body.Bytes(), &found); err != nil {
-		return nil, rubbish{fmt.Errorf("its inspect answer: %w", err)}
-	}
-	return &found, nil
+	return found, err
 }
 
 // decodeLoosely reads JSON into a zero T. A value of another type than that of its field costs that
 // field: fields that engines and proxies get wrong are many, and encoding/json goes on after one.
 func decodeLoosely[T any](body []byte, into *T) error {
-	if fastjson.Unmarshal(body, into) == nil {
-		return nil
+	// Other than encoding/json, fastjson takes what is nested so deep that its stack overflows.
+	openers := bytes.Count(body, []byte("[")) + bytes.Count(body, []byte("{"))
+	if openers < 10_000 || json.Valid(body) {
+		if fastjson.Unmarshal(body, into) == nil {
+			return nil
+		}
 	}
 	*into = *new(T)
 	err := json.Unmarshal(body, into)
@@ -517,6 +425,16 @@ type event struct {
 		Attributes json.RawMessage // an object; the container's labels are among them
 	}
 	TimeNano int64 `json:"timeNano"`
+}
+
+// eventKey tells one event from all others.
+type eventKey struct {
+	id, action string
+	at         int64 // Unix ns
+}
+
+func (one *event) key() eventKey {
+	return eventKey{cmp.Or(one.Actor.ID, one.ID), cmp.Or(one.Action, one.Status), one.TimeNano}
 }
 
 // failed reports whether a container has ended with an exit code other than 0.
@@ -542,7 +460,7 @@ func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, e
 		query.Set("until", unixNano(until))
 	}
 	var body bytes.Buffer
-	if _, err := e.get(ctx, "/events?"+query.Encode(), maxAnswer, &body); err != nil {
+	if _, err := e.get(ctx, "/events?"+query.Encode(), &body); err != nil {
 		return nil, err
 	}
 	return decodeEvents(body.Bytes())
@@ -553,12 +471,11 @@ func decodeEvents(body []byte) (all []event, err error) {
 	for lines := json.NewDecoder(bytes.NewReader(body)); ; {
 		var one event
 		err := lines.Decode(&one)
-		var kind *json.UnmarshalTypeError
-		switch {
-		case errors.Is(err, io.EOF):
+		if errors.Is(err, io.EOF) {
 			return all, nil
-		case err != nil && !errors.As(err, &kind):
-			return nil, rubbish{fmt.Errorf("the events: %w", err)}
+		}
+		if err != nil && !errors.As(err, new(*json.UnmarshalTypeError)) {
+			return nil, fmt.Errorf("the events: %w", err)
 		}
 		all = append(all, one)
 	}
@@ -585,22 +502,30 @@ func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
 	if e.oneShot {
 		query += "&one-shot=true"
 	}
-	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, maxStats, body)
-	if err != nil {
-		return from, err
-	}
+	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
 	// The body has os_type only since API 1.52.
 	from.windows = header.Get("Ostype") == "windows"
 	from.podman = header.Get("Libpod-Api-Version") != ""
-	return from, nil
+	return from, err
+}
+
+// ask gets a path of the API and decodes the answer. It returns the answer's header.
+func ask[T any](ctx context.Context, e *engine, path string, answer *T) (http.Header, error) {
+	var body bytes.Buffer
+	header, err := e.get(ctx, path, &body)
+	if err != nil {
+		return nil, err
+	}
+	if err := decodeLoosely(body.Bytes(), answer); err != nil {
+		return nil, fmt.Errorf("the answer is not what was asked for: %w", err)
+	}
+	return header, nil
 }
 
 // get asks for a path of the API that go-dockerclient has no fitting call for, and reads the
-// answer into body. Its errors are *docker.Error for a status other than 2xx, noAnswer, rubbish,
-// or that of the connection.
-func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.Buffer) (
-	http.Header, error,
-) {
+// answer into body. Its errors are *apiError, noAnswer, that of a connection, or of an answer that
+// breaks off.
+func (e *engine) get(ctx context.Context, path string, body *bytes.Buffer) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.base+path, nil)
@@ -613,36 +538,17 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
-		limit = maxError
+		return nil, newAPIError(resp, path)
 	}
-	answer := &inTurn{Reader: io.LimitReader(resp.Body, limit+1), ctx: ctx, turns: e.long,
-		most: e.timeout / 4}
-	defer answer.close()
-	_, err = body.ReadFrom(answer)
-	if resp.StatusCode/100 != 2 {
-		var message struct{ Message string }
-		if json.Unmarshal(body.Bytes(), &message) != nil {
-			message.Message = body.String()
-		}
-		status := &docker.Error{Status: resp.StatusCode,
-			Message: cmp.Or(firstLine(message.Message), http.StatusText(resp.StatusCode))}
-		if status.Status == http.StatusForbidden {
-			path, _, _ = strings.Cut(path, "?")
-			return nil, forbidden{status, path}
-		}
-		return nil, status
-	}
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil, plainly(ctx, err)
-		}
-		return nil, rubbish{fmt.Errorf("the answer broke off: %w", err)}
-	}
-	if int64(body.Len()) > limit {
-		return nil, rubbish{fmt.Errorf("the answer has over %d bytes", limit)}
-	}
-	if err := checkJSON(body.Bytes()); err != nil {
-		return nil, rubbish{fmt.Errorf("the answer %w", err)}
+	_, err = body.ReadFrom(resp.Body)
+	var long *http.MaxBytesError
+	switch {
+	case errors.As(err, &long):
+		return nil, fmt.Errorf("the answer has over %d bytes", long.Limit)
+	case err != nil && ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case err != nil:
+		return nil, fmt.Errorf("the answer broke off: %w", err)
 	}
 	if api := resp.Header.Get("Api-Version"); api != e.api && api != "" {
 		e.changed.Store(true)
@@ -650,113 +556,84 @@ func (e *engine) get(ctx context.Context, path string, limit int64, body *bytes.
 	return resp.Header, nil
 }
 
-// forbidden is the error of a status 403.
-type forbidden struct {
-	status *docker.Error
-	path   string
+// apiError is an answer with a status other than 2xx.
+type apiError struct {
+	status        int
+	path, message string
 }
 
-func (f forbidden) Error() string {
-	return fmt.Sprintf("%s; the engine, or a proxy before it, forbids GET %s", f.status, f.path)
-}
-
-func (f forbidden) Unwrap() error { return f.status }
-
-// isRefusal reports whether asking again is pointless after err: a status 501, or 4xx but for 408
-// and 429.
-func isRefusal(err error) bool {
-	var status *docker.Error
-	if !errors.As(err, &status) {
-		return false
+func newAPIError(resp *http.Response, path string) error {
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxRead)) // a proxy's can be a whole page
+	var answer struct{ Message string }
+	if json.Unmarshal(body, &answer) != nil {
+		answer.Message = string(body)
 	}
-	switch status.Status {
+	path, _, _ = strings.Cut(path, "?")
+	return &apiError{resp.StatusCode, path,
+		cmp.Or(firstLine(answer.Message), http.StatusText(resp.StatusCode))}
+}
+
+func (a *apiError) Error() string {
+	text := fmt.Sprintf("API error (%d): %s", a.status, a.message)
+	if a.status == http.StatusForbidden {
+		text += "; the engine, or a proxy before it, forbids GET " + a.path
+	}
+	return text
+}
+
+// statusOf returns the status of an *apiError, 0 for another error.
+func statusOf(err error) int {
+	if answer := (*apiError)(nil); errors.As(err, &answer) {
+		return answer.status
+	}
+	return 0
+}
+
+// isRefusal reports whether asking again is pointless after err.
+func isRefusal(err error) bool {
+	switch status := statusOf(err); status {
 	case http.StatusRequestTimeout, http.StatusTooManyRequests:
 		return false
-	case http.StatusNotImplemented:
-		return true
+	default:
+		return status/100 == 4 || status == http.StatusNotImplemented
 	}
-	return status.Status/100 == 4
 }
 
-// rubbish is the error of an answer that makes no sense.
-type rubbish struct{ error }
-
-func (r rubbish) Error() string { return theirs(r.error) }
-
-func (r rubbish) Unwrap() error { return r.error }
-
-// errStopped says that a container stopped between the list and the stats call.
-var errStopped = errors.New("it stopped while it was asked")
-
-// errRestarting says that a container waits to be started again by its restart policy.
-var errRestarting = errors.New("it waits to be restarted")
-
-// errNoTime is the error of an answer such as {"message":"no metrics received"}: Docker 26 says
-// that of a container whose process has just ended.
-var errNoTime = rubbish{errors.New("its stats answer has no time of reading")}
-
-// noUptime is why inspect did not tell a container's uptime.
-type noUptime struct{ error }
-
-func (n noUptime) Error() string { return "its uptime: " + n.error.Error() }
-
-func (n noUptime) Unwrap() error { return n.error }
+var (
+	// errStopped says that a container stopped between the list and the stats call.
+	errStopped = errors.New("it stopped while it was asked")
+	// errRestarting says that a container waits to be started again by its restart policy.
+	errRestarting = errors.New("it waits to be restarted")
+	// errNoTime is the error of an answer such as {"message":"no metrics received"}: Docker 26 says
+	// that of a container whose process has just ended.
+	errNoTime = errors.New("its stats answer has no time of reading")
+)
 
 // isDoubtful reports whether err, of a stats call, is one that engines also have for a container
 // that does not run: an answer with nothing in it, or such a status.
 func isDoubtful(err error) bool {
-	var status *docker.Error
-	switch {
-	case errors.As(err, new(noUptime)): // its stats came
-		return false
-	case !errors.As(err, &status):
-		return errors.Is(err, errStopped) || errors.Is(err, errNoTime)
-	}
-	switch status.Status {
-	case http.StatusNotFound, http.StatusConflict:
-		return true
-	}
-	return status.Status >= 500
-}
-
-// isGone reports whether err says that a container does not run any more.
-func isGone(err error) bool {
-	var removed *docker.NoSuchContainer
-	return errors.Is(err, errStopped) || errors.As(err, &removed)
+	status := statusOf(err)
+	return errors.Is(err, errStopped) || errors.Is(err, errNoTime) || status >= 500 ||
+		status == http.StatusNotFound || status == http.StatusConflict
 }
 
 // isConnectionError reports whether err came before there was an answer, and is no timeout: the
 // engine may be in trouble, and not the container.
-func isConnectionError(err error) bool {
-	var of *foreign
-	return errors.As(err, &of)
-}
-
-// notASocket returns what is at the path of a socket that could not be dialed, if it is something
-// else.
-func notASocket(err error) string {
-	var op *net.OpError
-	if !errors.As(err, &op) || op.Net != "unix" || op.Addr == nil {
-		return ""
-	}
-	found, err := os.Stat(op.Addr.String())
-	switch {
-	case err != nil:
-		return ""
-	case found.IsDir():
-		return "a folder"
-	case found.Mode().IsRegular():
-		return "a plain file"
-	}
-	return ""
-}
+func isConnectionError(err error) bool { return errors.As(err, new(*foreign)) }
 
 // engineHint returns what to do about an engine that cannot be reached, after "; ", or nothing.
 func engineHint(err error) string {
-	var status *docker.Error
 	says := func(text string) bool { return strings.Contains(err.Error(), text) }
-	if kind := notASocket(err); kind != "" {
-		return "; that is " + kind + ", not the engine's socket"
+	var op *net.OpError
+	if errors.As(err, &op) && op.Net == "unix" && op.Addr != nil {
+		found, err := os.Stat(op.Addr.String())
+		switch {
+		case err != nil:
+		case found.IsDir():
+			return "; that is a folder, not the engine's socket"
+		case found.Mode().IsRegular():
+			return "; that is a plain file, not the engine's socket"
+		}
 	}
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -770,11 +647,9 @@ func engineHint(err error) string {
 		return "; is Docker running, and is --docker its address?"
 	case lacksTLS(err):
 		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"
-	case isNoHTTP(err),
-		errors.As(err, &status) && strings.Contains(status.Message, "HTTP request to an HTTPS server"):
+	case isNoHTTP(err), says("HTTP request to an HTTPS server"):
 		return "; does the engine want TLS there? Set DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
-	case errors.As(err, &status) && status.Status == http.StatusNotFound,
-		errors.As(err, new(*json.SyntaxError)):
+	case statusOf(err) == http.StatusNotFound, errors.As(err, new(*json.SyntaxError)):
 		return "; is --docker the address of a Docker engine?"
 	}
 	return ""

@@ -247,7 +247,7 @@ func TestLiveRules(t *testing.T) {
 		`{"regexp":"","drop":true}]`)
 	c.sweep(t.Context())
 	holder, other, left := e.Name(t, "first"), e.Name(t, "second"), second
-	if c.containers.holders["test.same"].id == second {
+	if c.containers.holders["test.same"].ID == second {
 		holder, other, left = other, holder, first
 	}
 	if got := log.Take(); strings.Count(got, fmt.Sprintf("container=%s other=%s metrics=test.same",
@@ -256,7 +256,7 @@ func TestLiveRules(t *testing.T) {
 	}
 	harness.Must(t, e.Remove(holder))
 	result := c.sweep(t.Context())
-	if c.containers.holders["test.same"].id != left ||
+	if c.containers.holders["test.same"].ID != left ||
 		byName(t, result.metrics)["same.pids.current"].value.n == 0 {
 		t.Errorf("%s is gone, and %s has not taken over", holder, other)
 	}
@@ -755,10 +755,10 @@ func TestLiveEvents(t *testing.T) {
 		for _, m := range c.sweep(t.Context()).metrics {
 			named[m.own] = m.value.n
 		}
-		for i, counter := range c.events.counters() {
-			n, there := named[counter.name]
+		for i, name := range []string{"start", "die", "die_nonzero", "oom", "unhealthy"} {
+			n, there := named[".events."+name]
 			if !there {
-				t.Fatalf("no %s", counter.name)
+				t.Fatalf("no %s", name)
 			}
 			now[i] = n
 		}

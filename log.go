@@ -3,41 +3,37 @@ package main
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/journal"
 )
 
-// newLogger returns the log, which goes to w.
+// newLogger returns the log, which goes to w: lines that are short and without secrets.
 func newLogger(w io.Writer, level slog.Level) *slog.Logger {
-	return slog.New(bounded{newHandler(w, level), new(said)})
-}
-
-// newHandler writes lines to w that are short and without secrets.
-func newHandler(w io.Writer, level slog.Level) slog.Handler {
-	handling := &slog.HandlerOptions{Level: level}
 	inJournal, _ := journal.StderrIsJournalStream()
-	handling.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-		isOurs := a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey
+	replace := func(_ []string, a slog.Attr) slog.Attr {
 		switch {
-		case len(groups) > 0 || !isOurs:
-			return fitAttr(a)
 		case a.Key == slog.TimeKey && inJournal:
 			return slog.Attr{} // the journal has its own
+		case a.Key == slog.LevelKey:
+			return a
 		}
-		return a
+		return fitAttr(a)
 	}
-	return slog.NewTextHandler(w, handling)
+	handler := slog.NewTextHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: replace})
+	return slog.New(bounded{handler, new(said)})
 }
 
 // fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
 func fitAttr(a slog.Attr) slog.Attr {
 	most := maxForeign
 	switch a.Key {
-	case "error", "example", "spool": // with our own words
+	case slog.MessageKey, "error", "example", "spool": // with our own words
 		most = maxShown
 	}
 	if kind := a.Value.Kind(); kind == slog.KindString || kind == slog.KindAny {
@@ -46,96 +42,64 @@ func fitAttr(a slog.Attr) slog.Attr {
 	return a
 }
 
-// complaints logs what net/http has to say, which goes to the log package.
-type complaints struct{ log *slog.Logger }
-
-func (c complaints) Write(text []byte) (int, error) {
-	c.log.Debug("net/http complains", "text", firstLine(string(text)))
-	return len(text), nil
-}
-
 const (
-	// maxUnread bounds the lines that wait to be written, in bytes.
-	maxUnread = 1 << 20
+	// maxUnread is how many lines may wait to be written.
+	maxUnread = 1000
 	// flushWithin is how long flush waits.
 	flushWithin = time.Second
 )
 
 // logWriter writes lines in a goroutine of its own, run. A pipe or a journal that nobody reads
-// holds up nothing: when too much waits, the oldest lines are left out, and the log says so.
+// holds up nothing: when too many wait, lines are left out, and the log says so.
 type logWriter struct {
-	out  io.Writer
-	done chan struct{} // closed when run has ended
-
-	mu      sync.Mutex
-	more    *sync.Cond
-	waiting []byte // whole lines
-	missing int    // lines before them that were left out or not written
-	ended   bool   // whether nothing more comes
+	out     io.Writer
+	lines   chan []byte   // nil is the end
+	done    chan struct{} // closed when run has ended
+	missing atomic.Int64  // lines that were left out or not written
 }
 
 func newLogWriter(out io.Writer) *logWriter {
-	w := &logWriter{out: out, done: make(chan struct{})}
-	w.more = sync.NewCond(&w.mu)
-	return w
+	return &logWriter{out: out, lines: make(chan []byte, maxUnread), done: make(chan struct{})}
 }
 
 // Write takes one line. It never fails: there is nobody to tell.
 func (w *logWriter) Write(line []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for len(w.waiting) > 0 && len(w.waiting)+len(line) > maxUnread {
-		_, w.waiting, _ = bytes.Cut(w.waiting, []byte("\n"))
-		w.missing++
+	select {
+	case w.lines <- bytes.Clone(line):
+	default:
+		w.missing.Add(1)
 	}
-	w.waiting = append(w.waiting, line...)
-	w.more.Signal()
 	return len(line), nil
 }
 
-// run writes lines until flush, the last ones too.
+// run writes lines until flush.
 func (w *logWriter) run() {
 	defer close(w.done)
-	var text bytes.Buffer
-	note, isTorn := slog.New(newHandler(&text, slog.LevelWarn)), false
 	for ended := false; !ended; {
-		text.Reset()
-		if isTorn { // the last line was cut off
-			text.WriteByte('\n')
+		line := <-w.lines
+		ended = line == nil
+		missing := w.missing.Load()
+		if missing > 0 {
+			line = fmt.Appendf(line, `level=WARN msg="lines are missing in the log, `+
+				`they could not be written" lines=%d`+"\n", missing)
 		}
-		w.mu.Lock()
-		for len(w.waiting) == 0 && !w.ended {
-			w.more.Wait()
+		if _, err := w.out.Write(line); err != nil {
+			missing = -1
 		}
-		if w.missing > 0 {
-			note.Warn("lines are missing in the log, they could not be written", "lines", w.missing)
-		}
-		own, missing := text.Len(), w.missing
-		text.Write(w.waiting)
-		w.waiting, w.missing, ended = nil, 0, w.ended
-		w.mu.Unlock()
-		n, _ := w.out.Write(text.Bytes())
-		if n > 0 {
-			isTorn = text.Bytes()[n-1] != '\n'
-		}
-		if n >= own {
-			missing = 0 // the log says so
-		}
-		w.mu.Lock()
-		w.missing += missing + bytes.Count(text.Bytes()[max(n, own):], []byte("\n"))
-		w.mu.Unlock()
+		w.missing.Add(-missing)
 	}
 }
 
 // flush waits until everything is written, but not for long. Later lines are lost.
 func (w *logWriter) flush() {
-	w.mu.Lock()
-	w.ended = true
-	w.mu.Unlock()
-	w.more.Signal()
+	late := time.After(flushWithin)
+	select {
+	case w.lines <- nil:
+	case <-late:
+	}
 	select {
 	case <-w.done:
-	case <-time.After(flushWithin):
+	case <-late:
 	}
 }
 
@@ -196,36 +160,25 @@ type said struct {
 	lines map[string]int
 }
 
-// count counts a line. If an hour is over, it returns the counts of that.
-func (s *said) count(message string, now time.Time) (n int, before map[string]int) {
+func (s *said) count(r slog.Record) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if now.Sub(s.since) >= time.Hour {
-		before = s.lines
-		s.since, s.lines = now, map[string]int{}
+	if r.Time.Sub(s.since) >= time.Hour {
+		s.since, s.lines = r.Time, map[string]int{}
 	}
-	s.lines[message]++
-	return s.lines[message], before
+	s.lines[r.Message]++
+	return s.lines[r.Message]
 }
 
 func (b bounded) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level < slog.LevelInfo {
-		return b.Handler.Handle(ctx, r)
-	}
-	n, before := b.said.count(r.Message, r.Time)
-	for message, lines := range before {
-		if lines > maxLines {
-			sum := slog.NewRecord(r.Time, slog.LevelWarn, "lines were left out of the log", 0)
-			sum.AddAttrs(slog.String("message", message), slog.Int("lines", lines-maxLines))
-			_ = b.Handler.Handle(ctx, sum)
+	if r.Level >= slog.LevelInfo {
+		switch n := b.said.count(r); {
+		case n > maxLines:
+			return nil
+		case n == maxLines:
+			r = r.Clone()
+			r.AddAttrs(slog.String("more", "left out for an hour"))
 		}
-	}
-	switch {
-	case n > maxLines:
-		return nil
-	case n == maxLines:
-		r = r.Clone()
-		r.AddAttrs(slog.String("more", "left out for an hour"))
 	}
 	return b.Handler.Handle(ctx, r)
 }

@@ -43,7 +43,7 @@ func main() {
 	go lines.run()
 	logger := newLogger(lines, opts.logLevel())
 	log.SetFlags(0)
-	log.SetOutput(complaints{logger})
+	log.SetOutput(slog.NewLogLogger(logger.Handler(), slog.LevelDebug).Writer()) // net/http's
 	err = run(opts, logger)
 	lines.flush()
 	if err != nil {

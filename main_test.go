@@ -31,7 +31,6 @@ import (
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
-	docker "github.com/fsouza/go-dockerclient"
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
@@ -311,16 +310,6 @@ func TestScheduleIsAGrid(t *testing.T) {
 		t.Errorf("after -90 s comes %s", got) // a clock that was never set
 	}
 
-	for _, test := range []struct {
-		took time.Duration
-		want int
-	}{{0, 0}, {59 * time.Second, 0}, {60 * time.Second, 1}, {119 * time.Second, 1}, {150 * time.Second,
-		2}} {
-		if got := s.missed(at("12:00:07"), test.took); got != test.want {
-			t.Errorf("%s from a tick on, %d ticks are missed, want %d", test.took, got, test.want)
-		}
-	}
-
 	for _, test := range []struct{ why, tick, now, want string }{
 		{"as usual", "12:00:07", "12:00:09", "12:01:07"},
 		{"overrun", "12:00:07", "12:02:09", "12:03:07"},
@@ -417,11 +406,6 @@ func TestErrorsOfOthersArePlain(t *testing.T) {
 			reset(port)).Error(), "read tcp 127.0.0.1:2375: connection reset by peer"; got != want {
 			t.Errorf("%s, want %s", got, want)
 		}
-	}
-	page := &docker.Error{Status: 502, Message: "<html>\n" + strings.Repeat("<p>Bad gateway</p>\n",
-		10_000)}
-	if got, want := plainly(t.Context(), page).Error(), "API error (502): <html>"; got != want {
-		t.Errorf("%s, want %s", got, want)
 	}
 	if plainly(t.Context(), nil) != nil || errorText(nil) != "" {
 		t.Error("there is an error where there is none")
@@ -522,8 +506,6 @@ func encodings(text string) map[string]string {
 		"NUL bytes":                 strings.Join(strings.Split(text, ""), "\x00"),
 		"cut":                       strings.Repeat("x", maxForeign-len(text)/2) + text,
 		"cut before":                strings.Repeat("x ", maxRead/2-len(text)/4) + text,
-		"cut by others":             text[:len(text)/2],
-		"cut by others, with dots":  text[:len(text)/2] + "… is wrong",
 	}
 }
 
@@ -622,10 +604,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				harness.Must(t, err)
 				c := newCollector(e, nil, logger)
 				c.flow.limit = 1
-				s := &service{queue: d.queue, send: func(state string) <-chan struct{} {
-					out.WriteString(state + "\n")
-					return make(chan struct{})
-				}}
+				s := &service{queue: d.queue, send: func(state string) { out.WriteString(state + "\n") }}
 				s.hasSwept(c.sweep(t.Context()), 0)
 				s.hasSwept(c.sweep(t.Context()), 0)
 				b.transport.CloseIdleConnections()
@@ -717,7 +696,7 @@ func TestFilesAreNotShown(t *testing.T) {
 			harness.Must(t, os.WriteFile(path, []byte(content), 0o600))
 			t.Setenv(opt.variable()+"_FILE", path)
 			_, err := parseOptions(nil)
-			isGood := opt.name == "docker" && strings.HasPrefix(content, "http://")
+			isGood := opt.name == "docker" && strings.Contains(content, "://")
 			if !isGood && (err == nil || strings.Contains(err.Error(), "hidden")) {
 				t.Errorf("%s_FILE with %s: %v", opt.variable(), content, err)
 			}
@@ -834,11 +813,13 @@ func TestTheLogIsFlushed(t *testing.T) {
 	})
 }
 
-// A burst loses nothing. Where nobody takes the lines for long, the oldest are missing, and the log
-// says so, at the end as well.
-func TestTheLogKeepsTheNewestLines(t *testing.T) {
-	const burst, long = maxUnread / 10, 3 * maxUnread
-	for size, want := range map[int]string{burst: "first", long: "lines are missing"} {
+// A burst loses nothing. Where nobody takes the lines for long, some are missing, and the log says
+// so, at the end as well.
+func TestTheLogSaysWhatIsMissing(t *testing.T) {
+	const missing = `level=WARN msg="lines are missing in the log, they could not be written" lines=`
+	for lines, want := range map[int]string{
+		maxUnread / 2: "last\n", 3 * maxUnread: missing + "2001\n",
+	} {
 		synctest.Test(t, func(t *testing.T) {
 			later := time.Now().Add(time.Minute)
 			w, written := startLog(func([]byte) (int, error) {
@@ -847,51 +828,43 @@ func TestTheLogKeepsTheNewestLines(t *testing.T) {
 			})
 			fmt.Fprintln(w, "busy")
 			synctest.Wait()
-			fmt.Fprintln(w, "first")
-			line := strings.Repeat("x", 100)
-			for range size / len(line) {
-				fmt.Fprintln(w, line)
+			for range lines {
+				fmt.Fprintln(w, "line")
 			}
 			fmt.Fprintln(w, "last")
 			time.Sleep(time.Until(later) - flushWithin/2)
 			w.flush()
 			got := written.String()
-			first, _, _ := strings.Cut(strings.TrimPrefix(got, "busy\n"), "\n")
-			missing, _ := strconv.Atoi(first[strings.LastIndex(first, "=")+1:])
-			if !strings.Contains(first, want) || !strings.HasSuffix(got, "x\nlast\n") ||
-				strings.Count(got, line)+max(missing-1, 0) != size/len(line) {
-				t.Errorf("%d bytes: first %q, and %d lines", size, first, strings.Count(got, "\n"))
+			if n := strings.Count(got, "line\n"); n != min(lines, maxUnread) ||
+				!strings.Contains(got, want) {
+				t.Errorf("%d lines: %d were written", lines, n)
 			}
 			<-w.done
 		})
 	}
 }
 
-// Where the disk of the log is full, the lines that it did not take are counted, and a line that it
-// took in part ends where it was cut.
+// Where the disk of the log is full, the lines that it did not take are counted.
 func TestTheLogCountsWhatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		room := 8
-		w, written := startLog(func(text []byte) (n int, err error) {
-			if n = min(len(text), room); n < len(text) {
+		full := true
+		w, written := startLog(func([]byte) (n int, err error) {
+			if full {
 				err = syscall.ENOSPC
 			}
-			room -= n
-			return n, err
+			return 0, err
 		})
-		fmt.Fprintln(w, "first")
 		for range 2 * maxLines {
+			fmt.Fprintln(w, "first")
 			synctest.Wait()
-			fmt.Fprintln(w, "second")
 		}
-		synctest.Wait()
-		room = 1000
+		full = false
 		fmt.Fprintln(w, "last")
 		w.flush()
-		want := regexp.MustCompile(`^first\nse\n(time=\S+ )?level=WARN msg="lines are missing in ` +
-			`the log, they could not be written" lines=400\nlast\n$`)
-		if !want.MatchString(written.String()) {
-			t.Errorf("logged\n%s", written)
+		want := "last\n" + `level=WARN msg="lines are missing in the log, they could not be written" ` +
+			"lines=400\n"
+		if got := written.String(); got != want {
+			t.Errorf("logged\n%s", got)
 		}
 	})
 }
@@ -929,7 +902,7 @@ func TestComplaintsOfNetHTTPAreLogged(t *testing.T) {
 		daemon.Stderr = log
 		harness.Must(t, daemon.Start())
 		if level == "--verbose" {
-			harness.AwaitText(t, log.String, `level=DEBUG msg="net/http complains" text="Unsolicited`, 2)
+			harness.AwaitText(t, log.String, `level=DEBUG msg="Unsolicited`, 2)
 		} else {
 			answers.Store(0)
 			count := func() string { return strings.Repeat(".", int(answers.Load())) }
@@ -1000,11 +973,10 @@ func TestSystemdNoticesAHungSweep(t *testing.T) {
 		var signs int
 		q, _ := (&receiver{}).queue(t)
 		s := &service{watchdog: 2 * time.Minute, queue: q.queue,
-			send: func(state string) <-chan struct{} {
+			send: func(state string) {
 				if state == "WATCHDOG=1" {
 					signs++
 				}
-				return make(chan struct{})
 			}}
 		for range 10 * 60 { // answers, one a second
 			s.alive()
@@ -1078,8 +1050,7 @@ func TestTheSameMessageIsBounded(t *testing.T) {
 			if strings.Count(text, `msg="container cannot be read"`) != maxLines ||
 				strings.Count(text, "again") != 1 ||
 				strings.Count(text, "polled") != 3*maxLines ||
-				strings.Count(text, `more="left out for an hour"`) != 1 ||
-				strings.Count(text, ` message="container cannot be read" lines=400`) != hour {
+				strings.Count(text, `more="left out for an hour"`) != 1 {
 				t.Errorf("hour %d:\n%s", hour, text)
 			}
 			time.Sleep(time.Hour)
@@ -1094,7 +1065,6 @@ func TestAllCredentialsAreKnown(t *testing.T) {
 	t.Setenv("https_proxy", "http://user:proxyword@proxy:3128")
 	for _, address := range []string{"http://h/publish/docker?hunter2token",
 		"http://h/publish/docker?token=hunter2token;a=b",
-		"http://h/publish/docker?token=hunter2token%zz",
 		"http://h/publish/docker?token=hunter2%74oken",
 		"http://h/publish/docker?token=hunter2token#x"} {
 		secrets = nil

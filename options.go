@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,10 +71,7 @@ type option struct {
 	fallback string // the value if none is given
 	origin   string // the variable of another program that fallback may come from
 	flagOnly bool   // whether no variable sets it
-	address  bool   // whether the value may have credentials in it
-	discreet bool   // whether errors of set show nothing of the value
-	path     bool   // whether a file with the value has to have an absolute path in it
-	order    int    // options with a lower order are parsed first
+	address  bool   // whether the value may have credentials in it; errors of set do not show them
 	help     string // each line as --help prints it; %s stands for fallback
 	set      func(text string) error
 }
@@ -84,15 +80,14 @@ type option struct {
 func (o *options) table() []option {
 	state, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd may list several
 	return []option{
-		{name: "backstop", value: "URL", fallback: "-", address: true, discreet: true,
+		{name: "backstop", value: "URL", fallback: "-", address: true,
 			set: into(&o.to, parseDestination),
 			help: "where to send to: an http or https URL of Backstop, with\n" +
 				"user:password@ for Basic authentication; or Carbon itself,\n" +
 				"carbon://HOST[:2003][/PREFIX]; - prints the metrics instead, as\n" +
 				"lines of Carbon's plaintext protocol (default: %s)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
-			origin: "DOCKER_HOST", address: true, order: 1, // after --poll
-			set: into(&o.engine, o.parseEngine),
+			origin: "DOCKER_HOST", address: true, set: into(&o.engine, parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
 				"https://, on Windows also npipe://; DOCKER_TLS_VERIFY and\n" +
 				"DOCKER_CERT_PATH work as for the docker command\n" +
@@ -113,7 +108,7 @@ func (o *options) table() []option {
 			help: "finer series as well: core, interface, device, or several with\n" +
 				"commas between (default: none)"},
 		{name: "spool", value: "DIR", fallback: state, origin: "STATE_DIRECTORY",
-			path: true, set: into(&o.spool, parseSpool),
+			set: into(&o.spool, parseSpool),
 			help: "keep metrics in this folder until they are delivered, so that they\n" +
 				"survive a restart, a kill and a power cut (default:\n" +
 				"$STATE_DIRECTORY, which systemd sets, else none: they are kept in\n" +
@@ -134,7 +129,7 @@ func (o *options) table() []option {
 		{name: "verbose", set: into(&o.verbose, strconv.ParseBool),
 			help: "log every poll and delivery as well"},
 		// SRV_VERSION is often there for something else.
-		{name: "version", flagOnly: true, order: -1, set: into(&o.version, strconv.ParseBool),
+		{name: "version", flagOnly: true, set: into(&o.version, strconv.ParseBool),
 			help: "print the version and exit"},
 		{name: "help", flagOnly: true, help: "print this and exit"}, // set by the flag package
 	}
@@ -178,18 +173,19 @@ func parseOptions(args []string) (*options, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, o.version = flags["version"]; o.version { // the other options do not matter
+		return o, nil
+	}
 	for _, proxy := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"} {
 		secrets.addFrom(os.Getenv(proxy))
 	}
-	slices.SortStableFunc(table, func(a, b option) int { return cmp.Compare(a.order, b.order) })
 	for _, opt := range table {
 		if err := opt.parse(flags); err != nil {
 			return nil, err
 		}
-		if o.version { // the other options do not matter
-			return o, nil
-		}
 	}
+	// A container that hangs must not delay the next poll.
+	o.engine.timeout = min(maxCall, o.poll-o.poll/10)
 	return o, nil
 }
 
@@ -202,47 +198,22 @@ func (opt *option) parse(flags map[string]string) error {
 	if opt.address {
 		secrets.addFrom(text)
 	}
-	if err := opt.checkWrapping(text); err != nil {
-		return fmt.Errorf("%s: %w", from, err)
-	}
-	isFile := !opt.flagOnly && from == opt.variable()+"_FILE"
-	if isFile && opt.path && !filepath.IsAbs(text) {
-		return opt.unfitFile(from) // one word may be a password: no folder is named so
+	quote, last := text[0], text[len(text)-1]
+	if (quote == '\'' || quote == '"') && quote == last && len(text) > 1 {
+		return fmt.Errorf("%s: there are quotes (%c) around the value that no shell has removed; "+
+			"leave them out", from, quote)
 	}
 	err = opt.set(text)
-	switch {
+	switch variable := opt.variable(); {
 	case err == nil:
 		return nil
 	case opt.value == "":
 		return fmt.Errorf("%s must be true or false", from)
-	case isFile && !opt.discreet:
-		return opt.unfitFile(from)
+	case from == variable+"_FILE" && !opt.address: // it may be another file, with a secret in it
+		return fmt.Errorf("%s: the content of %s, not shown here, is no value for --%s; see --help",
+			from, shown(os.Getenv(from)), opt.name)
 	}
 	return fmt.Errorf("%s: %w", from, err)
-}
-
-// checkWrapping refuses a value with the quotes or the name that belong around it in another place.
-func (opt *option) checkWrapping(text string) error {
-	quote, variable := text[0], opt.variable()
-	switch {
-	case (quote == '\'' || quote == '"') && len(text) > 1 && text[len(text)-1] == quote:
-		return fmt.Errorf("there are quotes (%c) around the value that no shell has removed; "+
-			"leave them out", quote)
-	case variable != "" && strings.HasPrefix(text, variable+"="):
-		return fmt.Errorf("the value begins with %s=; leave that out", variable)
-	}
-	return nil
-}
-
-// unfitFile is the error of a file that does not have the option's value. It may be another one
-// than was meant, with a secret in it, so nothing of it is shown.
-func (opt *option) unfitFile(variable string) error {
-	more := "see --help"
-	if opt.name == "prefix" {
-		more = "--prefix=@FILE says what is wrong"
-	}
-	return fmt.Errorf("%s: the content of %s, not shown here, is no value for --%s; %s",
-		variable, shown(os.Getenv(variable)), opt.name, more)
 }
 
 // parseFlags returns the options on the command line by name, with their unparsed values.
@@ -261,8 +232,13 @@ func parseFlags(table []option, args []string) (map[string]string, error) {
 			flags.Func(opt.name, "", keep)
 		}
 	}
-	if err := flags.Parse(args); err != nil {
-		return nil, explainFlag(err)
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return nil, err
+	} else if err != nil {
+		// Its text has no values in it, but a user may have typed --backstop:URL.
+		what, name, _ := strings.Cut(err.Error(), ": ")
+		name, _, _ = strings.Cut(name, ":")
+		return nil, fmt.Errorf("%s: %s; options are written --name=value; see --help", what, name)
 	}
 	if flags.NArg() > 0 {
 		stray := shown(flags.Arg(0))
@@ -280,40 +256,10 @@ func parseFlags(table []option, args []string) (map[string]string, error) {
 			return nil, fmt.Errorf("--%s is empty: give it a value, "+
 				"or leave it out for the default; see --help", opt.name)
 		case strings.HasPrefix(text, "--"): // the next option, taken for the value
-			return nil, needsValue(opt.name)
+			return nil, fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", opt.name)
 		}
 	}
 	return given, nil
-}
-
-// explainFlag says what is wrong with the command line without the values in it, which may be
-// secret. err is from the flag package.
-func explainFlag(err error) error {
-	if errors.Is(err, flag.ErrHelp) {
-		return err
-	}
-	text := err.Error()
-	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
-		// Show the name only: a user may have typed --backstop:URL.
-		if end := strings.IndexFunc(name, func(r rune) bool {
-			return r != '-' && (r < 'a' || r > 'z')
-		}); end >= 0 {
-			name = name[:end]
-		}
-		if name == "rules" { // in the last version of 2015
-			return errors.New("--rules is called --prefix now; the list stays the same")
-		}
-		return fmt.Errorf(
-			"unknown option --%s; options are written --name=value; see --help", name)
-	}
-	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
-		return needsValue(name)
-	}
-	return errors.New("an option is not written --name=value; see --help")
-}
-
-func needsValue(name string) error {
-	return fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", name)
 }
 
 // variable returns the name of the option's environment variable, "" if it has none.
@@ -363,47 +309,18 @@ func (o *options) logLevel() slog.Level {
 	return slog.LevelInfo
 }
 
-// warnOfVariables logs variables that have no effect: those with a typing mistake in their name,
-// and that of the last version of 2015.
+// warnOfVariables logs variables that look like ours, and are not: a typing mistake, most likely.
 func (o *options) warnOfVariables(log *slog.Logger) {
-	if os.Getenv("SRV_RULES") != "" && o.rules == nil {
-		log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: call it SRV_PREFIX")
-	}
-	var ours []string
+	known := map[string]bool{"SRV_VERSION": true} // it is often there for something else
 	for _, opt := range o.table() {
-		if variable := opt.variable(); variable != "" {
-			ours = append(ours, variable, variable+"_FILE")
-		}
+		known[opt.variable()], known[opt.variable()+"_FILE"] = true, true
 	}
-	environment := os.Environ()
-	slices.Sort(environment)
-	for _, entry := range environment {
+	for _, entry := range os.Environ() {
 		name, value, _ := strings.Cut(entry, "=")
-		if value == "" || slices.Contains(ours, name) {
-			continue
-		}
-		meant := slices.IndexFunc(ours, func(our string) bool { return isMistyped(name, our) })
-		if meant >= 0 {
-			log.Warn("unknown environment variable ignored", "variable", name, "meant", ours[meant])
+		if strings.HasPrefix(name, "SRV_") && value != "" && !known[name] {
+			log.Warn("unknown environment variable ignored, see --help", "variable", name)
 		}
 	}
-}
-
-// isMistyped reports whether one typing mistake makes typed of meant: a letter too many, too few or
-// wrong, two swapped, or two too many at the end.
-func isMistyped(typed, meant string) bool {
-	a, b := typed, meant
-	if end, ok := strings.CutPrefix(typed, meant); ok && len(end) == 2 {
-		return true
-	}
-	for a != "" && b != "" && a[0] == b[0] {
-		a, b = a[1:], b[1:]
-	}
-	for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
-		a, b = a[:len(a)-1], b[:len(b)-1]
-	}
-	swapped := len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
-	return len(a) <= 1 && len(b) <= 1 || swapped
 }
 
 // parseDestination takes the value of --backstop.
@@ -425,10 +342,7 @@ func parseDestination(text string) (destination, error) {
 	return b.destination(), nil
 }
 
-// parseEngine needs o.poll: a container that hangs must not delay the next poll.
-func (o *options) parseEngine(text string) (*engine, error) {
-	return newEngine(text, min(maxCall, o.poll-o.poll/10))
-}
+func parseEngine(text string) (*engine, error) { return newEngine(text, maxCall) }
 
 func parsePoll(text string) (time.Duration, error) {
 	poll, err := time.ParseDuration(text)

@@ -72,13 +72,6 @@ func (rs rules) needHost() bool {
 	return slices.ContainsFunc(rs, func(r rule) bool { return strings.Contains(r.into, "host") })
 }
 
-// needLabels reports whether labels may make a difference.
-func (rs rules) needLabels() bool {
-	return slices.ContainsFunc(rs, func(r rule) bool {
-		return strings.HasPrefix(r.from, "label:") || strings.Contains(r.into, "label:")
-	})
-}
-
 // categories returns the categories of all rules, each once.
 func (rs rules) categories() []string {
 	var names []string

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os"
 	"regexp"
-	"regexp/syntax"
-	"slices"
 	"strings"
 	"unicode"
 )
@@ -86,18 +84,14 @@ func (s ruleSource) split() (list []json.RawMessage, isList bool, err error) {
 	if err := json.Unmarshal([]byte(s.text), &all); err != nil {
 		return nil, false, s.explain(err)
 	}
-	switch all[0] {
-	case '{':
+	if all[0] != '[' {
 		return []json.RawMessage{all}, false, nil
-	case '[':
-		json.Unmarshal(all, &list) // all is known to be JSON
-		if len(list) == 0 {
-			return nil, true, errors.New("the list has no rule in it; " + form)
-		}
-		return list, true, nil
 	}
-	const wrong = "a JSON %s instead of an object or a list; %s"
-	return nil, false, fmt.Errorf(wrong, kindOf(all), form)
+	json.Unmarshal(all, &list) // all is known to be JSON
+	if len(list) == 0 {
+		return nil, true, errors.New("the list has no rule in it; " + form)
+	}
+	return list, true, nil
 }
 
 // in puts the name of the file before an error.
@@ -151,75 +145,45 @@ func (s ruleSource) explain(err error) error {
 
 // parseRule reads one rule.
 func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
-	if raw[0] != '{' {
-		return r, fmt.Errorf("a JSON %s instead of an object; %s", kindOf(raw), form)
+	var given struct {
+		Regexp   *string `json:"regexp"`
+		Into     *string `json:"into"`
+		From     *string `json:"from"`
+		Category string  `json:"category"`
+		Drop     bool    `json:"drop"`
 	}
-	r.from = "name"
-	var (
-		pattern string
-		given   = map[string]bool{}
-		decoder = json.NewDecoder(bytes.NewReader(raw))
-	)
-	decoder.Token() // the brace; raw is known to be JSON
-	for decoder.More() {
-		token, _ := decoder.Token()
-		key := strings.ToLower(token.(string)) // encoding/json ignores case too
-		var value json.RawMessage
-		decoder.Decode(&value)
-		if given[key] {
-			return r, fmt.Errorf("the key %q is there twice", key)
-		}
-		given[key] = true
-		switch key {
-		case "regexp":
-			pattern, err = s.stringOf(key, value)
-		case "into":
-			r.rename = true
-			r.into, err = s.stringOf(key, value)
-		case "from":
-			r.from, err = s.stringOf(key, value)
-		case "category":
-			r.category, err = s.stringOf(key, value)
-		case "drop":
-			r.drop, err = boolOf(key, value)
-		default:
-			const wrong = "unknown key %q; the keys are regexp, into, from, category, drop"
-			err = fmt.Errorf(wrong, token)
-		}
-		if err != nil {
-			return r, err
-		}
-	}
-	if !given["regexp"] {
+	decoder := json.NewDecoder(bytes.NewReader(raw))
+	decoder.DisallowUnknownFields()
+	err = decoder.Decode(&given)
+	var kind *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &kind) && kind.Field != "":
+		const wrong = "%q is a JSON %s instead of a %s; %s"
+		return r, fmt.Errorf(wrong, kind.Field, kind.Value, kind.Type, form)
+	case kind != nil:
+		return r, fmt.Errorf("a JSON %s instead of an object; %s", kind.Value, form)
+	case err != nil:
+		return r, fmt.Errorf("%s; the keys are regexp, into, from, category, drop",
+			strings.TrimPrefix(err.Error(), "json: "))
+	case given.Regexp == nil:
 		return r, errors.New(`the key "regexp" is missing; ` + form)
 	}
-	err = compileRule(&r, pattern)
+	r = rule{from: "name", category: given.Category, drop: given.Drop}
+	if given.From != nil {
+		r.from = *given.From
+	}
+	if given.Into != nil {
+		r.rename, r.into = true, *given.Into
+	}
+	for _, text := range []string{*given.Regexp, r.into, r.from, r.category} {
+		// In JSON, \b is a backspace and \t a tab. Neither a name nor a regexp has these.
+		if strings.ContainsFunc(text, unicode.IsControl) {
+			return r, fmt.Errorf("there is a single backslash, "+
+				"which JSON takes for a control character, in %s: %s", oneLine(string(raw)), s.remedy())
+		}
+	}
+	err = compileRule(&r, *given.Regexp)
 	return r, err
-}
-
-// stringOf reads the string that is the value of a key.
-func (s ruleSource) stringOf(key string, value json.RawMessage) (text string, err error) {
-	if kindOf(value) != "string" {
-		const wrong = "%q is a JSON %s instead of a string; %s"
-		return "", fmt.Errorf(wrong, key, kindOf(value), form)
-	}
-	if err := json.Unmarshal(value, &text); err != nil {
-		return "", err
-	}
-	// In JSON, \b is a backspace and \t a tab. Neither a name nor a regexp has these.
-	if strings.IndexFunc(text, unicode.IsControl) >= 0 {
-		return "", fmt.Errorf("%q has a single backslash, "+
-			"which JSON takes for a control character, in %s: %s", key, oneLine(string(value)), s.remedy())
-	}
-	return text, nil
-}
-
-// boolOf reads the boolean that is the value of a key.
-func boolOf(key string, value json.RawMessage) (bool, error) {
-	if kindOf(value) != "boolean" {
-		return false, fmt.Errorf("%q is a JSON %s instead of true or false", key, kindOf(value))
-	}
-	return value[0] == 't', nil
 }
 
 // compileRule checks the values of r, and compiles its pattern.
@@ -228,7 +192,8 @@ func compileRule(r *rule, pattern string) (err error) {
 		return err
 	}
 	if r.regexp, err = regexp.Compile(pattern); err != nil {
-		return explainRegexp(pattern, err)
+		return fmt.Errorf(`in "regexp": %s; the syntax is that of https://pkg.go.dev/regexp/syntax`,
+			strings.TrimPrefix(oneLine(err.Error()), "error parsing regexp: "))
 	}
 	if err := checkTemplate(r.into, r.regexp); err != nil {
 		return err
@@ -261,7 +226,7 @@ func isEmptied(r *rule, pattern string) bool {
 	}
 	start := strings.TrimPrefix(pattern, "^")
 	takesAll := strings.HasPrefix(start, "(.*)") || strings.HasPrefix(start, "(.+)")
-	return matchesAll(pattern, false) || takesAll && r.into != ""
+	return matchesAll(pattern) || takesAll && r.into != ""
 }
 
 // checkFrom refuses a "from" that rules cannot see.
@@ -293,102 +258,21 @@ func checkUse(rs rules, r rule, last bool) error {
 			continue // it does not match a container without that label
 		}
 		const unreachable = "it can never be reached: rule %d "
-		isLabel := strings.HasPrefix(before.from, "label:")
-		switch {
-		case before.from == r.from && before.regexp.String() == r.regexp.String():
+		switch pattern := before.regexp.String(); {
+		case before.from == r.from && pattern == r.regexp.String():
 			return fmt.Errorf(unreachable+"has the same regexp; put them together", i+1)
-		case (before.from == r.from || !isLabel) && matchesAll(before.regexp.String(), isLabel):
+		case !strings.HasPrefix(before.from, "label:") && matchesAll(pattern):
 			return fmt.Errorf(unreachable+"matches everything it sees; put it behind this one", i+1)
 		}
 	}
 	return nil
 }
 
-// matchesAll reports whether a regular expression surely matches every text. With anyText, a
-// text may be empty or have several lines.
-func matchesAll(pattern string, anyText bool) bool {
-	re, err := syntax.Parse(pattern, syntax.Perl)
-	if err != nil {
-		return false
-	}
-	parts := []*syntax.Regexp{withoutGroups(re)}
-	if parts[0].Op == syntax.OpConcat {
-		parts = parts[0].Sub
-	}
-	parts, anchored := withoutAnchors(parts)
-	if len(parts) == 1 && takesAll(withoutGroups(parts[0]), anyText) {
-		return true
-	}
-	// Else it matches every text if it matches nothing, somewhere.
-	return !anchored && !slices.ContainsFunc(parts, neverEmpty)
-}
-
-// withoutAnchors removes ^ from the start and $ from the end. It reports whether both were there.
-func withoutAnchors(parts []*syntax.Regexp) (rest []*syntax.Regexp, both bool) {
-	begins, ends := false, false
-	for len(parts) > 0 && parts[0].Op == syntax.OpBeginText {
-		begins, parts = true, parts[1:]
-	}
-	for len(parts) > 0 && parts[len(parts)-1].Op == syntax.OpEndText {
-		ends, parts = true, parts[:len(parts)-1]
-	}
-	return parts, begins && ends
-}
-
-// takesAll reports whether re is .* or .+ and so matches a whole text. See matchesAll.
-func takesAll(re *syntax.Regexp, anyText bool) bool {
-	if re.Op != syntax.OpStar && (re.Op != syntax.OpPlus || anyText) {
-		return false
-	}
-	of := withoutGroups(re.Sub[0]).Op
-	return of == syntax.OpAnyChar || of == syntax.OpAnyCharNotNL && !anyText
-}
-
-// matchesEmpty reports whether re surely matches the empty text, wherever that is.
-func matchesEmpty(re *syntax.Regexp) bool {
-	switch re.Op {
-	case syntax.OpEmptyMatch, syntax.OpStar, syntax.OpQuest:
-		return true
-	case syntax.OpRepeat:
-		return re.Min == 0 || matchesEmpty(re.Sub[0])
-	case syntax.OpCapture, syntax.OpPlus:
-		return matchesEmpty(re.Sub[0])
-	case syntax.OpConcat:
-		return !slices.ContainsFunc(re.Sub, neverEmpty)
-	case syntax.OpAlternate:
-		return slices.ContainsFunc(re.Sub, matchesEmpty)
-	}
-	return false
-}
-
-func neverEmpty(re *syntax.Regexp) bool { return !matchesEmpty(re) }
-
-// withoutGroups removes the parentheses around all of re.
-func withoutGroups(re *syntax.Regexp) *syntax.Regexp {
-	for re.Op == syntax.OpCapture {
-		re = re.Sub[0]
-	}
-	return re
-}
-
-// explainRegexp adds to an error of Compile where in the pattern the mistake is.
-func explainRegexp(pattern string, err error) error {
-	at := 1
-	var wrong *syntax.Error
-	if errors.As(err, &wrong) && wrong.Expr != pattern && strings.Count(pattern, wrong.Expr) == 1 {
-		at += strings.Index(pattern, wrong.Expr)
-	} else {
-		// The mistake follows the longest start that parses.
-		for end := len(pattern) - 1; end > 0; end-- {
-			if _, err := syntax.Parse(pattern[:end], syntax.Perl); err == nil {
-				at += end
-				break
-			}
-		}
-	}
-	return fmt.Errorf(`in "regexp": %s, at byte %d of %s; `+
-		`the syntax is that of https://pkg.go.dev/regexp/syntax`,
-		strings.TrimPrefix(oneLine(err.Error()), "error parsing regexp: "), at, pattern)
+// matchesAll reports whether a pattern is one of those that are usual for "every name".
+func matchesAll(pattern string) bool {
+	bare := strings.TrimSuffix(strings.TrimPrefix(pattern, "^"), "$")
+	bare = strings.TrimSuffix(strings.TrimPrefix(bare, "("), ")")
+	return pattern == "" || bare == ".*" || bare == ".+"
 }
 
 // checkTemplate refuses a template with a group that re does not have: Expand would silently put
@@ -406,7 +290,7 @@ func checkTemplate(template string, re *regexp.Regexp) error {
 		}
 		isOwn := group == "" || group == "host" || strings.HasPrefix(group, "label:")
 		if !isOwn && !hasGroup(re, group) {
-			remedy := fmt.Sprintf("the regexp has %s", groups(re))
+			remedy := fmt.Sprintf("it has %d, one for each pair of parentheses", re.NumSubexp())
 			if strings.EqualFold(group, "hostname") || strings.EqualFold(group, "host") {
 				remedy = "the host's name is ${host}"
 			} else if braced, rest := splitGroup(re, group); braced != "" && template[i+1] != '{' {
@@ -429,16 +313,4 @@ func splitGroup(re *regexp.Regexp, group string) (found, rest string) {
 		}
 	}
 	return "", group
-}
-
-// groups describes the groups of re.
-func groups(re *regexp.Regexp) string {
-	switch n := re.NumSubexp(); n {
-	case 0:
-		return "no groups (those are its parentheses)"
-	case 1:
-		return "one group, $1"
-	default:
-		return fmt.Sprintf("%d groups, $1 to $%d", n, n)
-	}
 }

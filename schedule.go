@@ -34,16 +34,6 @@ func (s schedule) after(t time.Time) time.Time {
 	return t.Round(0).Add(s.every - time.Duration(into))
 }
 
-// missed counts the ticks in (t, t+took].
-func (s schedule) missed(t time.Time, took time.Duration) int {
-	first := s.after(t)
-	end := t.Round(0).Add(took)
-	if end.Before(first) {
-		return 0
-	}
-	return 1 + int(end.Sub(first)/s.every)
-}
-
 // next returns the tick to wait for at now, after a sweep on tick.
 func (s schedule) next(tick, now time.Time) time.Time {
 	// A timer can fire a little early when the wall clock is slewed. The same tick must not be
@@ -77,7 +67,7 @@ func poll(ctx context.Context, current func() schedule, sweep func(context.Conte
 			if slow.IsZero() {
 				log.Warn("a poll took longer than --poll, skipping polls: "+
 					"make --poll longer",
-					"took", took.Round(time.Millisecond), "poll", s.every, "skipped", s.missed(tick, took))
+					"took", took.Round(time.Millisecond), "poll", s.every, "skipped", int(took/s.every))
 			}
 			slow = time.Now()
 		case !slow.IsZero() && time.Since(slow) > max(slowFor, 2*s.every):
@@ -86,11 +76,9 @@ func poll(ctx context.Context, current func() schedule, sweep func(context.Conte
 		}
 		now := time.Now()
 		tick = s.next(tick, now)
-		timer := time.NewTimer(tick.Sub(now.Round(0)))
 		select {
-		case <-timer.C:
+		case <-time.After(tick.Sub(now.Round(0))):
 		case <-ctx.Done():
-			timer.Stop()
 			return
 		}
 	}

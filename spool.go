@@ -316,9 +316,6 @@ func (s *spool) read(name string) (body []byte, err error) {
 	if err != nil {
 		return nil, &spoiltError{err}
 	}
-	if err = checkJSON(body); err != nil {
-		return nil, &spoiltError{fmt.Errorf("it %w", err)}
-	}
 	metrics, err := decode(body)
 	if err == nil && len(metrics) == 0 {
 		err = errors.New("no metric in it")

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -14,7 +12,7 @@ import (
 // stats is the part of a stats answer that is used: see engine.stats.
 type stats struct {
 	Read     *time.Time         `json:"read"`
-	Windows  windows            `json:"os_type"`   // since API 1.52
+	OSType   string             `json:"os_type"`   // since API 1.52
 	NumProcs count              `json:"num_procs"` // CPUs, Windows only
 	CPU      cpuStats           `json:"cpu_stats"`
 	Memory   memoryStats        `json:"memory_stats"`
@@ -107,14 +105,6 @@ type diskIO struct {
 	WriteOps   count `json:"write_count_normalized"`
 }
 
-// windows is whether the name of an operating system is that.
-type windows bool
-
-func (w *windows) UnmarshalJSON(name []byte) error {
-	*w = string(name) == `"windows"`
-	return nil
-}
-
 // decodeStats reads a stats answer. A value of another type than its field costs that field. It
 // returns errStopped for a container that does not run: that answer has no time or, from Podman,
 // nothing in it.
@@ -124,18 +114,15 @@ func decodeStats(body []byte) (*stats, error) {
 	}
 	var s stats
 	err := decodeLoosely(body, &s)
-	var kind *json.UnmarshalTypeError
 	switch {
-	case errors.As(err, &kind):
-		return nil, rubbish{fmt.Errorf("its stats answer is a JSON %s, not an object", kind.Value)}
 	case err != nil:
-		return nil, rubbish{fmt.Errorf("its stats answer is not JSON: %w", err)}
+		return nil, fmt.Errorf("its stats answer is not JSON: %w", err)
 	case s.Read == nil:
 		return nil, errNoTime
 	case s.Read.IsZero():
 		return nil, errStopped
 	case s.Read.Unix() <= 0:
-		return nil, rubbish{fmt.Errorf("its stats answer is of %s", s.Read)}
+		return nil, fmt.Errorf("its stats answer is of %s", s.Read)
 	}
 	return &s, nil
 }
@@ -178,7 +165,7 @@ func (s *stats) flatten(f *flattener, path string, from origin, per details) {
 
 // origin returns from with what the answer itself tells: of Windows, and the CPUs that are online.
 func (s *stats) origin(from origin) origin {
-	from.windows = from.windows || bool(s.Windows)
+	from.windows = from.windows || s.OSType == "windows"
 	if online := s.CPU.Online; online.sent && online.n > 0 {
 		from.cpus = online.n
 	}
@@ -288,7 +275,7 @@ func (m *memoryStats) workingSet() count {
 func (f *flattener) networks(s *stats, perInterface bool) {
 	if len(s.Networks) == 0 {
 		if s.Network != nil {
-			f.network(".network", s.Network)
+			f.network("", s.Network)
 		}
 		return
 	}
@@ -303,102 +290,69 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 		total.TxErrors = sum(total.TxErrors, n.TxErrors)
 		total.TxDropped = sum(total.TxDropped, n.TxDropped)
 	}
-	f.network(".network", &total)
+	f.network("", &total)
 	if !perInterface {
 		return
 	}
-	nodes := interfaceNodes(s.Networks)
-	for _, name := range slices.Sorted(maps.Keys(nodes)) {
-		n := s.Networks[name]
-		f.network(".network."+nodes[name], &n)
+	taken := map[string]bool{"": true}
+	for _, name := range slices.Sorted(maps.Keys(s.Networks)) {
+		node, n := graphiteNode(name), s.Networks[name]
+		if !taken[node] { // eth0.1 and eth0_1 have one name
+			f.network(node, &n)
+		}
+		taken[node] = true
 	}
 }
 
-// interfaceNodes returns the node of each interface's metrics. One whose name had to be changed
-// gives way to the others: eth0.1 becomes eth0_1, or eth0_1_2 beside another eth0_1.
-func interfaceNodes(networks map[string]network) map[string]string {
-	nodes, taken, alike := map[string]string{}, map[string]bool{}, map[string]int{}
-	for name := range networks {
-		if name != "" && graphiteNode(name) == name {
-			nodes[name], taken[name] = name, true
-		}
-	}
-	for _, name := range slices.Sorted(maps.Keys(networks)) {
-		if name == "" || nodes[name] != "" {
-			continue
-		}
-		whole := graphiteNode(name)
-		node := whole
-		for taken[node] {
-			alike[whole]++
-			suffix := "_" + strconv.Itoa(alike[whole]+1)
-			node = whole[:min(len(whole), maxNode-len(suffix))] + suffix
-		}
-		nodes[name], taken[node] = node, true
-	}
-	return nodes
+func (f *flattener) network(iface string, n *network) {
+	f.addOf(iface, ".network.rx_bytes", n.RxBytes)
+	f.addOf(iface, ".network.rx_packets", n.RxPackets)
+	f.addOf(iface, ".network.rx_errors", n.RxErrors)
+	f.addOf(iface, ".network.rx_dropped", n.RxDropped)
+	f.addOf(iface, ".network.tx_bytes", n.TxBytes)
+	f.addOf(iface, ".network.tx_packets", n.TxPackets)
+	f.addOf(iface, ".network.tx_errors", n.TxErrors)
+	f.addOf(iface, ".network.tx_dropped", n.TxDropped)
 }
 
-func (f *flattener) network(path string, n *network) {
-	for _, c := range [...]struct {
-		name string // whole, so that the usual path needs no allocation
-		count
-	}{
-		{".network.rx_bytes", n.RxBytes}, {".network.rx_packets", n.RxPackets},
-		{".network.rx_errors", n.RxErrors}, {".network.rx_dropped", n.RxDropped},
-		{".network.tx_bytes", n.TxBytes}, {".network.tx_packets", n.TxPackets},
-		{".network.tx_errors", n.TxErrors}, {".network.tx_dropped", n.TxDropped},
-	} {
-		name := c.name
-		if path != ".network" {
-			name = path + strings.TrimPrefix(name, ".network")
-		}
-		f.add(name, c.count)
+// addOf adds a metric of a part, such as "eth0": .network.eth0.rx_bytes. For the whole, that is "",
+// it is .network.rx_bytes, and takes no allocation.
+func (f *flattener) addOf(part, name string, c count) {
+	if part != "" {
+		dot := strings.LastIndexByte(name, '.')
+		name = name[:dot+1] + part + name[dot:]
 	}
+	f.add(name, c)
 }
 
 func (f *flattener) blkio(s *stats, from origin, perDevice bool) {
-	f.diskIO(".blkio", s.diskIO(from))
+	total, storage := s.Blkio.sums(), s.Storage
+	var otherwise count
+	if from.windows {
+		otherwise = counted(0) // Docker cannot send that
+	}
+	f.diskIO("", diskIO{
+		firstOf(total.ReadBytes, storage.ReadBytes, otherwise),
+		firstOf(total.WriteBytes, storage.WriteBytes, otherwise),
+		firstOf(total.ReadOps, storage.ReadOps, otherwise),
+		firstOf(total.WriteOps, storage.WriteOps, otherwise),
+	})
 	if !perDevice {
 		return
 	}
 	order, on := s.Blkio.byDevice()
 	for _, d := range order {
 		if d.major.sent && d.minor.sent {
-			f.diskIO(fmt.Sprintf(".blkio.%d_%d", d.major.n, d.minor.n), on[d].sums())
+			f.diskIO(fmt.Sprintf("%d_%d", d.major.n, d.minor.n), on[d].sums())
 		}
 	}
 }
 
-func (f *flattener) diskIO(path string, io diskIO) {
-	for _, c := range [...]struct {
-		name string // whole, so that the usual path needs no allocation
-		count
-	}{
-		{".blkio.read_bytes", io.ReadBytes}, {".blkio.write_bytes", io.WriteBytes},
-		{".blkio.read_ops", io.ReadOps}, {".blkio.write_ops", io.WriteOps},
-	} {
-		name := c.name
-		if path != ".blkio" {
-			name = path + strings.TrimPrefix(name, ".blkio")
-		}
-		f.add(name, c.count)
-	}
-}
-
-// diskIO returns the sums over all devices.
-func (s *stats) diskIO(from origin) diskIO {
-	total, storage := s.Blkio.sums(), s.Storage
-	var otherwise count
-	if from.windows {
-		otherwise = counted(0) // Docker cannot send that
-	}
-	return diskIO{
-		firstOf(total.ReadBytes, storage.ReadBytes, otherwise),
-		firstOf(total.WriteBytes, storage.WriteBytes, otherwise),
-		firstOf(total.ReadOps, storage.ReadOps, otherwise),
-		firstOf(total.WriteOps, storage.WriteOps, otherwise),
-	}
+func (f *flattener) diskIO(device string, io diskIO) {
+	f.addOf(device, ".blkio.read_bytes", io.ReadBytes)
+	f.addOf(device, ".blkio.write_bytes", io.WriteBytes)
+	f.addOf(device, ".blkio.read_ops", io.ReadOps)
+	f.addOf(device, ".blkio.write_ops", io.WriteOps)
 }
 
 type device struct{ major, minor count }

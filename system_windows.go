@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"io/fs"
-	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -31,9 +30,6 @@ func writeDurably(dir, name string, data []byte) error {
 
 // syncFolder does nothing: Windows has no way to do it.
 func syncFolder(string) error { return nil }
-
-// maxFiles returns how many files this process may open: Windows has no limit.
-func maxFiles() int { return math.MaxInt32 }
 
 // isOwn is left to Windows: what a user may write there, others may not by default.
 func isOwn(fs.FileInfo) bool { return true }

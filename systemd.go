@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -13,7 +15,7 @@ import (
 // process up between sweeps.
 // https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html
 type service struct {
-	send     func(state string) <-chan struct{} // see newNotifier
+	send     func(state string) // tellSystemd, but in tests
 	queue    *queue
 	watchdog time.Duration // timeout of systemd's watchdog, 0: none
 
@@ -26,7 +28,7 @@ type service struct {
 // newService connects to the systemd that has started this process. If polls are rarer than
 // WatchdogSec= in the unit, it asks for a longer timeout.
 func newService(poll time.Duration, q *queue) *service {
-	s := &service{queue: q, swept: "no poll yet", send: newNotifier()}
+	s := &service{queue: q, swept: "no poll yet", send: tellSystemd}
 	if timeout, err := daemon.SdWatchdogEnabled(false); err == nil && timeout > 0 {
 		if s.watchdog = max(timeout, 3*poll); s.watchdog > timeout {
 			s.send(fmt.Sprintf("WATCHDOG_USEC=%d", s.watchdog.Microseconds()))
@@ -35,43 +37,23 @@ func newService(poll time.Duration, q *queue) *service {
 	return s
 }
 
-// note is something to tell systemd.
-type note struct {
-	state string
-	told  chan struct{} // closed when systemd was told
-}
+// notifyWithin is how long it waits for a systemd that has crashed, or is frozen.
+const notifyWithin = time.Second
 
-// newNotifier returns a function that tells systemd something. It never waits: a systemd that has
-// crashed, or is frozen, holds up nothing. The channel it returns is closed when systemd was told;
-// it is nil if there was no room.
-func newNotifier() func(state string) <-chan struct{} {
-	notes := make(chan note, 16)
-	go func() {
-		for n := range notes {
-			_, _ = daemon.SdNotify(false, n.state) // an error has nowhere else to go
-			close(n.told)
-		}
-	}()
-	return func(state string) <-chan struct{} {
-		n := note{state, make(chan struct{})}
-		select {
-		case notes <- n:
-			return n.told
-		default:
-			return nil
-		}
+// tellSystemd reports a change of state.
+func tellSystemd(state string) {
+	conn, err := net.DialTimeout("unixgram", os.Getenv("NOTIFY_SOCKET"), notifyWithin)
+	if err != nil {
+		return // there is nobody to tell
 	}
+	defer conn.Close()
+	_ = conn.SetDeadline(time.Now().Add(notifyWithin))
+	_, _ = conn.Write([]byte(state))
 }
 
 func (s *service) ready() { s.send(daemon.SdNotifyReady) }
 
-// ending waits until systemd was told, but not for long: the process may end at once.
-func (s *service) ending() {
-	select {
-	case <-s.send(daemon.SdNotifyStopping):
-	case <-time.After(flushWithin):
-	}
-}
+func (s *service) ending() { s.send(daemon.SdNotifyStopping) }
 
 // alive pings the watchdog, at most every eighth of its timeout, unless delivery hangs.
 func (s *service) alive() {
@@ -104,8 +86,9 @@ func (s *service) update() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	status := fit(s.swept+"; queue: "+s.waiting(), maxShown)
-	if status != s.status && s.send("STATUS="+status) != nil {
+	if status != s.status {
 		s.status = status
+		s.send("STATUS=" + status)
 	}
 }
 
