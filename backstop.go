@@ -14,8 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/cenkalti/backoff/v5"
 )
 
 const (
@@ -44,19 +42,17 @@ const (
 type destination struct {
 	name    string // for the log
 	address string // for the log, without secrets
-	warning string // what to log at the start, "" for nothing
 	remote  bool   // whether it may be out of reach, so that a spool is of use
 
 	// post delivers a body from encode.
 	post func(ctx context.Context, body []byte) error
-	// confirm is nil if a post without an error is delivered. Else it returns how many of these
-	// posts, oldest first, are delivered, and when to ask again. With an error, all others have
-	// to be posted again.
-	confirm func() (delivered int, again time.Time, err error)
-	// watch has progress called whenever a part of a post is through; nil if posts are short.
-	watch func(progress func())
-	// idle is called with the time until the next post; nil if that does not matter.
-	idle func(time.Duration)
+	// confirm is nil if a post without an error is delivered. Else it is called, after the time of
+	// proof, for all posts since the last call: with an error they have to be posted again.
+	confirm func() error
+	proof   time.Duration
+	// idle is called when there is nothing to post: the end of a connection would wake up the
+	// process later. It may be nil.
+	idle func()
 }
 
 // backstop is the client of one Backstop URL.
@@ -103,40 +99,14 @@ func newBackstop(text string) (*backstop, error) {
 }
 
 func (b *backstop) destination() destination {
-	return destination{name: "Backstop", address: b.String(), warning: b.passwordTrouble(),
-		remote: true, post: b.post, idle: b.idle}
+	return destination{name: "Backstop", address: b.String(), remote: true, post: b.post,
+		idle: b.transport.CloseIdleConnections}
 }
 
 // String is the URL as it may be shown: without credentials and without its query, which
 // may hold others.
 func (b *backstop) String() string {
 	return withoutUser(b.url)
-}
-
-// idle closes the connection if it would end before the next request anyway: its end would wake up
-// the process.
-func (b *backstop) idle(pause time.Duration) {
-	if pause > keepAlive {
-		b.transport.CloseIdleConnections()
-	}
-}
-
-// passwordTrouble says why Backstop will not take the password, "" if it will, or if there
-// is none to take. Backstop compares what it got with the user:password pairs in its
-// BACKSTOP_AUTH, which are separated by commas.
-func (b *backstop) passwordTrouble() string {
-	if b.auth == nil {
-		return ""
-	}
-	password, _ := b.auth.Password()
-	switch {
-	case password == "":
-		return "the password for Backstop is empty, and it answers 401 to that"
-	case strings.ContainsAny(b.auth.Username()+password, ":,"):
-		return "the user or the password for Backstop has a colon or a comma in it, " +
-			"and it answers 401 to that"
-	}
-	return ""
 }
 
 // post delivers a body from encode. It returns nil only when Backstop said that it has taken it
@@ -267,16 +237,13 @@ func (r *refusal) remedy() remedy {
 	return fixIt
 }
 
-// errUnsteady is the failure of a receiver that refuses a metric and accepts it, in turn.
-var errUnsteady = errors.New("it refuses metrics that it accepted a moment ago")
-
 // failing says what a receiver does that fails with err, and what becomes of metrics.
 func failing(err error) string {
 	var r *refusal
 	switch {
 	case errors.As(err, &r) && r.remedy() != tryAgain:
 		return "refuses metrics, keeping them until this is fixed"
-	case r != nil || errors.Is(err, errUnsteady):
+	case r != nil:
 		return "fails, keeping metrics"
 	}
 	return "unreachable, keeping metrics"
@@ -293,25 +260,22 @@ var usualPace = pace{time.Second, time.Minute, time.Minute}
 // pauses are the waits between failures.
 type pauses struct {
 	pace
-	growing *backoff.ExponentialBackOff
+	next time.Duration // but for the jitter
 }
 
-func newPauses(p pace) *pauses {
-	growing := backoff.NewExponentialBackOff()
-	growing.InitialInterval, growing.MaxInterval, growing.Multiplier = p.first, p.longest, 2
-	return &pauses{p, growing}
-}
+func newPauses(p pace) *pauses { return &pauses{p, p.first} }
 
 // reset makes the next pause a short one.
-func (p *pauses) reset() { p.growing.Reset() }
+func (p *pauses) reset() { p.next = p.first }
 
 // after returns how long to wait after a failure.
 func (p *pauses) after(err error) time.Duration {
 	var r *refusal
-	if errors.As(err, &r) && r.remedy() != tryAgain {
+	if errors.As(err, &r) && r.remedy() == fixIt {
 		return p.fix
 	}
-	pause := p.growing.NextBackOff()
+	pause := p.next/2 + rand.N(p.next)
+	p.next = min(2*p.next, p.longest)
 	if r != nil && r.retryAfter > 0 { // not everybody at once then
 		pause = max(pause, r.retryAfter+rand.N(p.first))
 	}
@@ -330,30 +294,30 @@ func retryAfter(text string, now time.Time) time.Duration {
 	return min(max(d, 0), maxRetryAfter)
 }
 
+// hints say what to do about an answer.
+var hints = map[int]string{
+	http.StatusUnauthorized: "check user and password in --backstop against BACKSTOP_AUTH, " +
+		"which Backstop was started with; they cannot have a colon or a comma in them, or be empty",
+	http.StatusForbidden: "Backstop in development mode, its default, refuses host names it does " +
+		"not know: start it with RACK_ENV=production",
+	http.StatusNotFound: "the path in --backstop must be /publish/ and one of the PREFIXES " +
+		"that Backstop was started with",
+}
+
 // hint says what to do about an answer with that line.
 func hint(resp *http.Response, line string) string {
-	switch resp.StatusCode {
-	case http.StatusBadRequest:
-		if line != "missing fields" && line != "JSON is required" {
-			return "this is not Backstop's answer: " +
-				"check what is at the address in --backstop, and whether it needs https://"
-		}
-	case http.StatusUnauthorized:
-		return "check user and password in --backstop against BACKSTOP_AUTH, " +
-			"which Backstop was started with"
-	case http.StatusForbidden:
-		return "Backstop in development mode, its default, refuses host names it does not know: " +
-			"start it with RACK_ENV=production"
-	case http.StatusNotFound:
-		return "the path in --backstop must be /publish/ and one of the PREFIXES " +
-			"that Backstop was started with"
-	}
-	if resp.StatusCode/100 == 3 {
+	switch {
+	case resp.StatusCode == http.StatusBadRequest &&
+		line != "missing fields" && line != "JSON is required":
+		return "this is not Backstop's answer: " +
+			"check what is at the address in --backstop, and whether it needs https://"
+	case resp.StatusCode/100 == 3:
 		if to, err := resp.Location(); err == nil {
-			return "set --backstop to the address that it redirects to: " + fit(withoutUser(to), maxForeign)
+			return "set --backstop to the address that it redirects to: " +
+				fit(withoutUser(to), maxForeign)
 		}
 	}
-	return ""
+	return hints[resp.StatusCode]
 }
 
 // receiverHint returns what to do about a receiver that cannot be reached, after "; ", or nothing.

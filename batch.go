@@ -6,77 +6,185 @@ import (
 	"compress/gzip"
 	"errors"
 	"fmt"
-	"os"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
-	"time"
 )
 
 const (
 	// maxBatch is how many metrics a batch has at most: Backstop needs 50 ms for them.
 	maxBatch = 5_000
-	// maxBody bounds a batch in bytes. maxBatch metrics of the longest names are less, so a file
+	// maxBody bounds a body in bytes. maxBatch metrics of the longest names are less, so a file
 	// that unpacks to more is not one of ours.
 	maxBody = 16 << 20
+	// diskBlock is what a file takes at least: the limit is one of room on the disk.
+	diskBlock = 4 << 10
 )
 
-// diskBlock is what a file takes at least: the limit is one of room on the disk.
-const diskBlock = 4 << 10
-
-// batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep.
+// batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep. Its body
+// is in memory, in its file, or in both.
 type batch struct {
-	body   []byte    // what is still to be delivered, as encode wrote it; nil while it has to wait
-	packed []byte    // the same, packed; nil if it was never needed, or if the file has just that
-	file   string    // its file in the spool, "" if it is in memory only
-	extra  bool      // whether the file has more: metrics that are delivered
-	size   int64     // bytes that it takes up in the spool, or in memory
-	count  int       // metrics that are still to be delivered
-	oldest int64     // the oldest time among its metrics, in Unix seconds
-	tried  bool      // whether it was posted before
-	put    time.Time // when it was queued, zero for one that was found in the spool
+	oldest int64  // the oldest time among its metrics, in Unix seconds
+	count  int    // metrics that are still to be delivered
+	body   []byte // these, perhaps packed; nil if only the file has them
+	file   file   // in the spool; without a name if there is none
+	isLate bool   // whether it waits behind those that are fresh
+	isOut  bool   // whether delivery has it
+}
 
-	pending time.Time // when the delivery began that is to be confirmed, zero for none
+// file is one in the folder of the spool.
+type file struct {
+	name    string
+	oldest  int64 // the oldest time among its metrics, in Unix seconds
+	metrics int
+	size    int64 // bytes on the disk
 }
 
 func newBatch(metrics []metric) *batch {
-	body := encode(metrics)
 	oldest := slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) })
-	return &batch{body: body, size: int64(len(body)), count: len(metrics), oldest: oldest.time,
-		put: time.Now()}
+	return &batch{oldest: oldest.time, count: len(metrics), body: encode(metrics)}
 }
 
-// pack makes sure that b can do without its body, in memory or, with toDisk, until it has a file.
-func (b *batch) pack(toDisk bool) {
-	if b.packed != nil || b.file != "" {
-		return
+func (b *batch) isStored() bool { return b.file.name != "" }
+
+// size returns the bytes that b takes up: on the disk or, if it has no file, in memory, where the
+// garbage collector needs some room as well.
+func (b *batch) size() int64 {
+	if b.isStored() {
+		return b.file.size
 	}
-	b.packed = pack(b.body)
-	packed := int64(len(b.packed))
-	b.size = packed + packed/2 + 512 // the garbage collector needs some room: see tuneCollector
-	if toDisk {
-		b.size = max(b.size, onDisk(packed))
+	n := int64(len(b.body))
+	return n + n/2 + 512
+}
+
+// shrink keeps as little of b in memory as it can wait with. If the file has more than what is left
+// to be delivered, it stays: after a crash, some metrics are sent twice.
+func (b *batch) shrink() {
+	if b.isStored() && b.file.metrics == b.count {
+		b.body = nil
+	} else {
+		b.body = pack(b.body)
 	}
+}
+
+// takeOut hands b out for delivery, with its body.
+func (b *batch) takeOut() (body []byte) {
+	b.isOut = true
+	if !isPacked(b.body) {
+		return b.body
+	}
+	body, _ = unpack(b.body) // pack made it
+	return body
+}
+
+// putBack ends a delivery after which left is still to be delivered, nil for all of it. It returns
+// how many metrics are not any more.
+func (b *batch) putBack(left []byte) (gone int) {
+	b.isOut = false
+	if n := countOf(left); left != nil && n < b.count {
+		gone = b.count - n
+		b.body, b.count = left, n
+	}
+	return gone
+}
+
+func (b *batch) hasRead(body []byte) { b.body = body }
+func (b *batch) hasWritten(f file)   { b.file = f }
+
+// line is batches in the order of their age, and whose turn it is.
+type line struct {
+	batches []*batch // oldest first
+	trouble string   // why nothing is delivered, "" if it is; then all are late
+}
+
+func (l *line) add(metrics []metric) *batch {
+	b := newBatch(metrics)
+	b.isLate = l.trouble != ""
+	l.batches = append(l.batches, b)
+	return b
+}
+
+// addFound adds what an earlier run left, oldest first.
+func (l *line) addFound(files []file) {
+	found := make([]*batch, len(files))
+	for i, f := range files {
+		found[i] = &batch{oldest: f.oldest, count: f.metrics, file: f, isLate: true}
+	}
+	l.batches = slices.Concat(found, l.batches)
+}
+
+func (l *line) remove(b *batch) {
+	l.batches = slices.DeleteFunc(l.batches, func(other *batch) bool { return other == b })
+}
+
+func (l *line) hasLate() bool { return len(l.batches) > 0 && l.batches[0].isLate }
+
+// delay makes b late and, because of trouble if there is any, all others. What is late waits in
+// little memory.
+func (l *line) delay(b *batch, trouble string) {
+	b.isLate = true
+	l.trouble = cmp.Or(trouble, l.trouble)
+	for _, b := range l.batches {
+		if b.isLate = b.isLate || l.trouble != ""; b.isLate {
+			b.shrink()
+		}
+	}
+}
+
+// goOn ends the trouble.
+func (l *line) goOn() { l.trouble = "" }
+
+// first returns the first in the order of delivery that isWanted, nil for none. In trouble the
+// newest is tried.
+func (l *line) first(isWanted func(*batch) bool) *batch {
+	fresh := len(l.batches)
+	for fresh > 0 && !l.batches[fresh-1].isLate {
+		fresh--
+	}
+	if l.trouble != "" {
+		fresh = max(fresh-1, 0)
+	}
+	for _, batches := range [][]*batch{l.batches[fresh:], l.batches[:fresh]} {
+		if i := slices.IndexFunc(batches, isWanted); i >= 0 {
+			return batches[i]
+		}
+	}
+	return nil
+}
+
+// size returns what is in l.
+func (l *line) size() (metrics int, bytes int64) {
+	for _, b := range l.batches {
+		metrics += b.count
+		bytes += b.size()
+	}
+	return metrics, bytes
+}
+
+// cut takes off the oldest batches until the rest fits, but none that delivery has: those may just
+// arrive.
+func (l *line) cut(limit int64) (lost []*batch) {
+	_, held := l.size()
+	if held > limit {
+		for _, b := range l.batches {
+			b.shrink()
+		}
+		_, held = l.size()
+	}
+	l.batches = slices.DeleteFunc(l.batches, func(b *batch) bool { // in order, each once
+		isLost := held > limit && !b.isOut
+		if isLost {
+			held -= b.size()
+			lost = append(lost, b)
+		}
+		return isLost
+	})
+	return lost
 }
 
 // onDisk returns what a file of so many bytes takes of the disk.
 func onDisk(bytes int64) int64 {
 	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
-}
-
-// collectsOften is whether Go's garbage collector has less room than usual.
-var collectsOften atomic.Bool
-
-// tuneCollector lets Go's garbage collector run more often, if so many bytes are in memory that its
-// usual room, as much again, would be too much. A change stops the process for a moment.
-func tuneCollector(held int64) {
-	often := held >= 16<<20
-	if os.Getenv("GOGC") != "" || collectsOften.Swap(often) == often {
-		return
-	}
-	debug.SetGCPercent(map[bool]int{false: 100, true: 25}[often]) // 100 is Go's default
 }
 
 // gzipWriters keeps the megabyte that packing needs.
@@ -85,8 +193,14 @@ var gzipWriters = sync.Pool{New: func() any {
 	return w
 }}
 
-// pack gzips body. At the fastest level, metrics shrink to an eighth.
+// isPacked reports whether pack made this. A body begins with a bracket, and gzip with this.
+func isPacked(body []byte) bool { return len(body) > 0 && body[0] == 0x1f }
+
+// pack gzips body, unless it is packed. At the fastest level, metrics shrink to an eighth.
 func pack(body []byte) []byte {
+	if isPacked(body) {
+		return body
+	}
 	w := gzipWriters.Get().(*gzip.Writer)
 	defer gzipWriters.Put(w)
 	var b bytes.Buffer

@@ -25,15 +25,11 @@ const (
 	carbonConnect = 10 * time.Second
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
-	// carbonMost is how long Carbon may take for what goes over one connection: less than the
-	// watchdog waits.
+	// carbonMost is how long Carbon may take for a batch: less than the watchdog waits.
 	carbonMost = maxFlight - time.Minute
 	// carbonProof is how long Carbon has to live after reading a batch. carbon-cache has written
 	// the batch to the disk by then, or has left the time for that in its own queue.
 	carbonProof = 5 * time.Second
-	// witnessAge is when a witness is replaced. Some receivers close a silent connection after two
-	// minutes.
-	witnessAge = 30 * time.Second
 )
 
 // carbon is the client of one Carbon, or of a relay: it writes Carbon's plaintext protocol. Its
@@ -42,8 +38,8 @@ const (
 // Carbon never answers, but it closes a connection when it has read everything and we have closed
 // our side. That is no proof yet. A Carbon that is stopped closes its connections, too, and so does
 // a proxy when Carbon behind it is killed. Therefore a second, silent connection is opened before:
-// the witness. A batch is delivered when the witness is still open some seconds after Carbon has
-// read the batch.
+// the witness. What was posted is delivered when the witness is still open some seconds after
+// Carbon has read it.
 type carbon struct {
 	url     *url.URL
 	prefix  string        // of each metric, with a dot at the end; or ""
@@ -51,22 +47,8 @@ type carbon struct {
 	stall   time.Duration
 	proof   time.Duration
 
-	progress func() // called after each connection; may be nil
-
-	witnesses []*witness // the last is the current one
-	readings  []reading  // oldest first
-}
-
-// witness is a silent connection. While it is open, Carbon lives.
-type witness struct {
-	conn   *net.TCPConn
-	opened time.Time
-}
-
-// reading is a batch that Carbon has read, but may have lost.
-type reading struct {
-	at      time.Time
-	witness *witness
+	witness *net.TCPConn // while this silent connection is open, Carbon lives; nil for none
+	posts   int          // since it was opened
 }
 
 // newCarbon prepares for writing to a URL such as carbon://carbon.server:2003/docker. Its error
@@ -104,7 +86,7 @@ func newCarbon(text string) (*carbon, error) {
 
 func (c *carbon) destination() destination {
 	return destination{name: "Carbon", address: c.url.String(), remote: true,
-		post: c.post, confirm: c.confirm, watch: func(progress func()) { c.progress = progress }}
+		post: c.post, proof: c.proof, confirm: c.confirm}
 }
 
 // post writes a body from encode. It returns nil when Carbon has read it; confirm reports
@@ -114,21 +96,23 @@ func (c *carbon) post(ctx context.Context, body []byte) error {
 	if err != nil {
 		return err
 	}
-	w, err := c.openWitness(ctx)
-	if err != nil {
-		return err
+	ctx, cancel := context.WithTimeoutCause(ctx, carbonMost, errCarbonSlow)
+	defer cancel()
+	if c.witness == nil {
+		if c.witness, err = c.dial(ctx, c.url.Host); err != nil {
+			return err
+		}
 	}
 	for _, lines := range c.portions(metrics) {
 		// To the same address: a host's name may have several.
-		if err := c.write(ctx, w.conn.RemoteAddr().String(), lines); err != nil {
-			c.closeUnused()
+		if err := c.write(ctx, c.witness.RemoteAddr().String(), lines); err != nil {
+			if c.posts == 0 {
+				c.dismiss()
+			}
 			return err
 		}
-		if c.progress != nil {
-			c.progress()
-		}
 	}
-	c.readings = append(c.readings, reading{time.Now(), w})
+	c.posts++
 	return nil
 }
 
@@ -152,66 +136,27 @@ var errNotCarbon = errors.New("it answers, which Carbon's plaintext protocol nev
 	"check host and port")
 
 // errCarbonSlow is what is wrong when that takes too long.
-var errCarbonSlow = fmt.Errorf("it did not read %d metrics within %s", carbonLines, carbonMost)
+var errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonMost)
 
-// errCarbonGone is what is wrong when a witness has ended.
+// errCarbonGone is what is wrong when the witness has ended.
 var errCarbonGone = errors.New("it closed the silent connection that shows whether it " +
 	"lives; what it read last may be lost and is sent again")
 
-// confirm returns how many of the posts that Carbon has read, oldest first, are delivered, and when
-// to ask again. With an error, all others have to be posted again.
-func (c *carbon) confirm() (delivered int, again time.Time, err error) {
-	now := time.Now() // before a look at a witness
-	for _, r := range c.readings {
-		if r.witness.hasEnded() {
-			err = errCarbonGone
-			break
-		}
-		if again = r.at.Add(c.proof); now.Before(again) {
-			break
-		}
-		delivered++
+// confirm returns nil if everything that was posted since the last time is delivered. Else it has
+// to be posted again.
+func (c *carbon) confirm() error {
+	_, err := readNow(c.witness)
+	c.dismiss()
+	if !errors.Is(err, os.ErrDeadlineExceeded) { // it has ended, or it is no Carbon
+		return errCarbonGone
 	}
-	c.readings = c.readings[delivered:]
-	if err != nil {
-		c.readings = nil
-	}
-	c.closeUnused()
-	return delivered, again, err
+	return nil
 }
 
-// openWitness returns the current witness. It opens another if that is too old, or has ended.
-func (c *carbon) openWitness(ctx context.Context) (*witness, error) {
-	if n := len(c.witnesses); n > 0 {
-		w := c.witnesses[n-1]
-		if time.Since(w.opened) < witnessAge && !w.hasEnded() {
-			return w, nil
-		}
-	}
-	conn, err := c.dial(ctx, c.url.Host)
-	if err != nil {
-		return nil, err
-	}
-	w := &witness{conn, time.Now()}
-	c.witnesses = append(c.witnesses, w)
-	return w, nil
-}
-
-// closeUnused closes all witnesses but those of batches that may be lost.
-func (c *carbon) closeUnused() {
-	c.witnesses = slices.DeleteFunc(c.witnesses, func(w *witness) bool {
-		unused := !slices.ContainsFunc(c.readings, func(r reading) bool { return r.witness == w })
-		if unused {
-			w.conn.Close()
-		}
-		return unused
-	})
-}
-
-// hasEnded reports whether the other side has closed w or is gone, or whether it is no Carbon.
-func (w *witness) hasEnded() bool {
-	_, err := readNow(w.conn)
-	return !errors.Is(err, os.ErrDeadlineExceeded)
+// dismiss closes the witness.
+func (c *carbon) dismiss() {
+	c.witness.Close()
+	c.witness, c.posts = nil, 0
 }
 
 func (c *carbon) dial(ctx context.Context, address string) (*net.TCPConn, error) {
@@ -228,8 +173,6 @@ func (c *carbon) dial(ctx context.Context, address string) (*net.TCPConn, error)
 
 // write opens a connection for lines, and waits until Carbon has read all of them.
 func (c *carbon) write(ctx context.Context, address string, lines []byte) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, carbonMost, errCarbonSlow)
-	defer cancel()
 	conn, err := c.dial(ctx, address)
 	if err != nil {
 		return err
@@ -296,53 +239,4 @@ func (c *carbon) awaitEnd(conn *net.TCPConn) error {
 		}
 		return socketError(conn)
 	}
-}
-
-// pending are batches that were posted and have to be confirmed. They stay in the queue until then.
-type pending struct {
-	queue   *queue
-	confirm func() (delivered int, again time.Time, err error) // see destination
-	batches []*batch                                           // in the order of their posts
-	due     time.Time                                          // when to ask again
-}
-
-func (p *pending) isEmpty() bool { return len(p.batches) == 0 }
-
-// add keeps b, which was posted and whose delivery began at start. b waits in the queue to be done
-// or put back.
-func (p *pending) add(b *batch, start time.Time) {
-	p.batches = append(p.batches, b)
-	q := p.queue
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.inFlight, q.trouble, b.pending = nil, "", start
-}
-
-// wake returns a channel that fires when something can be settled, nil if nothing is pending.
-func (p *pending) wake() <-chan time.Time {
-	if p.isEmpty() {
-		return nil
-	}
-	return time.After(time.Until(p.due))
-}
-
-// settle hands on batches that are confirmed. With an error, all others are no longer pending, but
-// back in the queue.
-func (p *pending) settle(delivered func(b *batch, start time.Time)) error {
-	if p.isEmpty() {
-		return nil
-	}
-	n, due, err := p.confirm()
-	for _, b := range p.batches[:n] {
-		delivered(b, b.pending)
-	}
-	p.batches, p.due = p.batches[n:], due
-	if err == nil {
-		return nil
-	}
-	for _, b := range p.batches {
-		p.queue.putBack(b, nil, errorText(err))
-	}
-	p.batches = nil
-	return err
 }

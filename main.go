@@ -80,6 +80,10 @@ func run(opts *options, log *slog.Logger) error {
 	if opts.to.remote && !opts.check {
 		signal.Ignore(syscall.SIGPIPE) // outlive the reader of the log
 	}
+	if opts.spool == "" && os.Getenv("GOGC")+os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(50) // what waits in memory takes little more than its limit
+		debug.SetMemoryLimit(max(opts.spoolLimit, 64<<20) + 24<<20)
+	}
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfVariables(log)
@@ -154,29 +158,22 @@ type pipeline struct {
 // newPipeline connects the parts. It fails if the spool cannot be used.
 func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, error) {
 	to := opts.to
-	if to.warning != "" {
-		log.Warn(to.warning)
-	}
 	delivering := log.With("to", to.address)
 	q := newQueue(opts.spoolLimit, delivering)
-	var folder *spool
 	if opts.spool != "" && to.remote {
-		folder = &spool{dir: opts.spool, log: log}
+		if err := q.useSpool(&spool{dir: opts.spool, log: log}); err != nil {
+			log.Error("not started: cannot use the folder of --spool",
+				"spool", opts.spool, "error", errorText(err))
+			return nil, err
+		}
 	}
-	st, err := newStore(q, folder)
-	if err != nil {
-		log.Error("not started: cannot use the folder of --spool",
-			"spool", opts.spool, "error", errorText(err))
-		return nil, err
-	}
-	go st.keep()
 	s := newService(opts.poll, q)
 	c.alive = s.alive
-	d := newDelivery(to, st, delivering)
+	d := newDelivery(to, q, delivering)
 	d.rest = func() {
 		s.update()
 		if to.idle != nil {
-			to.idle(opts.poll)
+			to.idle()
 		}
 	}
 	return &pipeline{collector: c, queue: q, delivery: d, service: s, log: log}, nil
@@ -206,7 +203,6 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	if polling.Err() != nil {
 		p.log.Error("stopped by a signal before all was polled")
 	}
-	p.delivery.patient = true // for the exit status
 	err := p.await(p.deliver(sending), sending)
 	if !p.delivery.to.remote && len(result.metrics) > 0 { // somebody tries it
 		p.log.Warn("cpu.percent needs two polls, so --once has none")
@@ -221,7 +217,7 @@ func (p *pipeline) once(polling, sending context.Context) error {
 func (p *pipeline) daemon(polling, sending context.Context, every time.Duration) {
 	attrs := []any{"version", version(), "to", p.delivery.to.address,
 		"docker", p.collector.engine, "poll", every}
-	if s := p.delivery.store.spool; s != nil {
+	if s := p.queue.spool; s != nil {
 		attrs = append(attrs, "spool", s.dir)
 	}
 	p.log.Info("started", attrs...)
@@ -255,7 +251,7 @@ func (p *pipeline) await(delivered <-chan error, sending context.Context) error 
 		return err
 	case <-time.After(storeWait + time.Second):
 		err := context.Cause(sending)
-		kept, _, lost := p.delivery.store.left()
+		kept, lost, _ := p.queue.left()
 		p.delivery.logLeft(kept, lost, errorText(err))
 		return err
 	}

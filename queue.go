@@ -9,61 +9,70 @@ import (
 	"github.com/docker/go-units"
 )
 
-// maxFlight is longer than a request takes. After it, the watchdog restarts the daemon.
-const maxFlight = 5 * time.Minute
+const (
+	// maxFlight is longer than a request takes. After it, the watchdog restarts the daemon.
+	maxFlight = 5 * time.Minute
+	// storeWait is how long anybody waits for the disk. Then they go on without: it may hang.
+	storeWait = 2 * time.Second
+)
 
-// storeWait is how long delivery waits until a batch is on the disk, and the end of the daemon
-// until all are. Then they go on without: a disk may hang.
-const storeWait = 2 * time.Second
-
-// queue stands between sampling and delivery. Sampling puts metrics in and never waits for the
-// receiver; delivery takes one batch at a time, and takes it off when it was accepted.
+// queue stands between sampling, delivery and the disk, and one lock guards all of it. Sampling
+// puts metrics in and never waits. Delivery takes one batch after the other, and says what became
+// of it. keep writes batches into files and reads them, in a goroutine of its own.
 //
 // Which goes first: batches that were put while deliveries succeed are fresh and go before all that
 // are late, so that a day's backlog does not hold up the present. What was there at the start, or
-// when a delivery failed, or was put until the next success, is late: it goes oldest first.
+// when a delivery failed, or was put until the next success, is late: it goes oldest first. Until
+// that success the newest is tried.
 type queue struct {
 	log   *slog.Logger
-	limit int64 // of bytes
+	limit int64      // of bytes
+	spool *spool     // nil: everything is in memory only
+	works sync.Mutex // held while the disk does
 
 	mu       sync.Mutex
-	batches  []*batch  // oldest first
-	late     int       // how many of them are late; the fresh ones follow
-	inFlight *batch    // the one that delivery is busy with
+	changed  *sync.Cond
+	line     line
 	progress time.Time // when delivery last began or ended something
-	trouble  string    // why the last delivery failed, "" if it succeeded
-	loss     loss
 	disk     disk
-	changed  chan struct{} // holds one value when there is news for delivery
-	unstored chan struct{} // holds one value when there is something to store
 	closed   chan struct{} // closed when nothing more is put
+	kept     chan struct{} // closed when keep has ended
 
 	figures struct{ sent, retried, dropped uint64 } // metrics since the start
 }
 
 // disk is what the queue knows of the spool.
 type disk struct {
-	used     bool   // whether there is a spool
-	readable bool   // whether its files can be read now
-	writable bool   // whether it took the last batch
-	litter   []file // that are to be removed
+	busy    time.Time // since when it works, zero if it does not
+	isOpen  bool      // whether its files can be read
+	trouble error     // why it takes no more, nil if it does
+	rests   bool      // whether it is left alone until something changes
+	ends    bool      // whether it is left alone for good once it rests
+	litter  []file    // to be removed
+	news    news
 }
 
-// loss is of metrics that were dropped because the queue was full, and not logged yet.
-type loss struct {
-	metrics     int
-	from, until int64     // their times, in Unix seconds
-	logged      time.Time // when the loss before this one was
-}
-
-// newQueue returns an empty queue that keeps up to limit bytes.
+// newQueue returns an empty queue that keeps up to limit bytes in memory.
 func newQueue(limit int64, log *slog.Logger) *queue {
-	return &queue{limit: limit, log: log, changed: make(chan struct{}, 1),
-		unstored: make(chan struct{}, 1), closed: make(chan struct{})}
+	q := &queue{limit: limit, log: log, closed: make(chan struct{}), kept: make(chan struct{})}
+	q.changed = sync.NewCond(&q.mu)
+	return q
+}
+
+// lock locks q for a change. What it returns unlocks q and wakes whoever waits for that.
+func (q *queue) lock() (unlock func()) {
+	q.mu.Lock()
+	return func() {
+		q.changed.Broadcast()
+		q.mu.Unlock()
+	}
 }
 
 // close ends the queue: nothing more is put.
-func (q *queue) close() { close(q.closed) }
+func (q *queue) close() {
+	defer q.lock()()
+	close(q.closed)
+}
 
 func (q *queue) isClosed() bool {
 	select {
@@ -74,259 +83,329 @@ func (q *queue) isClosed() bool {
 	}
 }
 
-// notify puts a value into a channel that has room for one.
-func notify(to chan struct{}) {
-	select {
-	case to <- struct{}{}:
-	default:
-	}
-}
-
 // put queues metrics. If there is no room, the oldest are dropped.
 func (q *queue) put(metrics []metric) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	soon := len(q.batches) == 0 // their turn comes at once, so they need not be packed
+	defer q.lock()()
+	soon := len(q.line.batches) == 0 // their turn comes at once
 	for some := range slices.Chunk(metrics, maxBatch) {
-		b := newBatch(some)
-		if _, held := q.size(); !soon || q.disk.used || held+b.size > q.limit {
-			b.pack(q.disk.used)
+		if b := q.line.add(some); !soon {
+			b.shrink()
 		}
-		if !soon {
-			b.body = nil
-		}
-		q.batches = append(q.batches, b)
 	}
-	if q.trouble != "" {
-		q.late = len(q.batches)
-	}
+	q.disk.rests = false
 	q.bound()
-	q.logLoss(false)
-	_, held := q.size()
-	if q.disk.writable {
-		held = 0 // of memory
-	}
-	tuneCollector(held)
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
-	notify(q.unstored)
-	notify(q.changed)
 }
 
-// size returns what is in the queue. It is called with mu held.
-func (q *queue) size() (metrics int, bytes int64) {
-	for _, b := range q.batches {
-		metrics += b.count
-		bytes += b.size
-	}
-	return metrics, bytes
-}
-
-// bound drops the oldest batches until the rest fits. It is called with mu held.
+// bound drops the oldest batches until the rest fits. It is called with mu held, as all that
+// follows and does not lock.
 func (q *queue) bound() {
-	_, held := q.size()
-	i, late := 0, q.late
-	q.batches = slices.DeleteFunc(q.batches, func(b *batch) bool { // in order, each once
-		i++
-		if held <= q.limit || b == q.inFlight { // that may just arrive
-			return false
-		}
-		if i <= late {
-			q.late--
-		}
-		if q.loss.metrics == 0 {
-			q.loss.from = b.oldest
-		}
-		q.loss.metrics += b.count
-		q.loss.until = b.oldest
-		q.figures.dropped += uint64(b.count)
-		held -= b.size
-		q.discard(b)
-		return true
-	})
-}
-
-// discard has the file of b removed. It is called with mu held.
-func (q *queue) discard(b *batch) {
-	if b.file != "" {
-		q.disk.litter = append(q.disk.litter, file{b.file, b.size})
-	}
-	notify(q.unstored)
-}
-
-// remove takes b off the queue, and reports whether it was there. It is called with mu held.
-func (q *queue) remove(b *batch) bool {
-	i := slices.Index(q.batches, b)
-	if i < 0 { // it was dropped while it was pending
-		return false
-	}
-	q.batches = slices.Delete(q.batches, i, i+1)
-	if i < q.late {
-		q.late--
-	}
-	q.discard(b)
-	return true
-}
-
-// logLoss logs what was dropped to make room: once a minute, or when an outage is over.
-func (q *queue) logLoss(over bool) {
-	now, lost := time.Now(), q.loss
-	if lost.metrics == 0 || !over && now.Sub(lost.logged) < time.Minute {
+	lost := q.line.cut(q.limit)
+	if len(lost) == 0 {
 		return
 	}
-	q.log.Error("no room for more metrics, dropping the oldest", "metrics", lost.metrics,
-		"from", inUTC(lost.from), "until", inUTC(lost.until), "limit", units.BytesSize(float64(q.limit)))
-	q.loss = loss{logged: now}
+	metrics := 0
+	for _, b := range lost {
+		metrics += b.count
+		q.discard(b)
+	}
+	q.figures.dropped += uint64(metrics)
+	q.log.Error("no room for more metrics, dropping the oldest", "metrics", metrics,
+		"from", inUTC(lost[0].oldest), "until", inUTC(lost[len(lost)-1].oldest),
+		"limit", units.BytesSize(float64(q.limit)))
 }
 
-// next waits for the batch whose turn it is: the first fresh one, or else the first late one; or
-// the newest of all, if that is asked for. It returns nil at wake, and when the queue is closed and
-// has no more. idle is called when the queue is empty.
-func (q *queue) next(newest bool, wake <-chan time.Time, idle func()) *batch {
+// discard has the file of b removed, which may make room for others.
+func (q *queue) discard(b *batch) {
+	if b.isStored() {
+		q.disk.litter = append(q.disk.litter, b.file)
+	}
+	q.disk.rests = false
+}
+
+// turn returns the batch whose turn it is, nil if none can be sent now, and whether it has to wait
+// until the disk has written or read it.
+func (q *queue) turn() (b *batch, isOwed bool) {
+	d := &q.disk
+	hangs := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
+	owes := func(b *batch) bool {
+		return d.isOpen && !hangs && (d.trouble == nil && !b.isStored() || b.body == nil)
+	}
+	b = q.line.first(func(b *batch) bool { return !b.isOut && (b.body != nil || owes(b)) })
+	return b, b != nil && owes(b)
+}
+
+// The next ones are for delivery.
+
+// next waits for the batch whose turn it is, and hands it out with its body. It returns nil when
+// none can be sent and the queue is closed or, with atOnce, open.
+func (q *queue) next(atOnce bool) (b *batch, body []byte) {
+	defer q.lock()()
 	for {
-		closed := q.isClosed() // asked first: whatever was put before is seen below
-		q.mu.Lock()
-		b, wait := q.turn(newest)
-		q.inFlight, q.progress = b, time.Now()
-		empty := len(q.batches) == 0
-		q.mu.Unlock()
-		if empty {
-			idle()
-		}
-		if b != nil || closed && wait == 0 {
-			return b
-		}
-		var stored <-chan time.Time
-		if wait > 0 {
-			stored = time.After(wait)
-		}
-		ends := q.closed
-		if closed {
-			ends = nil
-		}
-		select {
-		case <-q.changed:
-		case <-stored:
-		case <-ends:
-		case <-wake:
-			return nil
+		q.progress = time.Now()
+		b, isOwed := q.turn()
+		switch {
+		case b != nil && !isOwed:
+			return b, b.takeOut()
+		case b == nil && (atOnce || q.isClosed()):
+			return nil, nil
+		case isOwed:
+			late := time.AfterFunc(storeWait, q.changed.Broadcast)
+			q.changed.Wait()
+			late.Stop()
+		default:
+			q.changed.Wait()
 		}
 	}
 }
 
-// turn returns the batch whose turn it is, nil if none can be read now. wait is how long one is
-// still waited for that is about to be stored, 0 for none. It is called with mu held.
-func (q *queue) turn(newest bool) (b *batch, wait time.Duration) {
-	order := [][]*batch{q.batches[q.late:], q.batches[:q.late]}
-	if newest && len(q.batches) > 0 {
-		order = slices.Insert(order, 0, q.batches[len(q.batches)-1:])
-	}
-	now := time.Now()
-	for _, batches := range order {
-		for _, b := range batches {
-			inMemory := b.body != nil || b.packed != nil
-			unstored := inMemory && b.file == "" && q.disk.writable
-			switch left := storeWait - now.Sub(b.put); {
-			case !b.pending.IsZero(): // it had its turn
-			case unstored && left > 0:
-				wait = max(wait, left)
-			case inMemory || q.disk.readable:
-				return b, 0
-			}
-		}
-	}
-	return nil, wait
-}
-
-// progresses says that delivery does not hang.
-func (q *queue) progresses() {
-	q.mu.Lock()
-	defer q.mu.Unlock()
+// requested takes note of a request with so many metrics. What fails is sent again.
+func (q *queue) requested(metrics int, err error) {
+	defer q.lock()()
 	q.progress = time.Now()
-}
-
-// posted counts a request with so many metrics of b.
-func (q *queue) posted(b *batch, metrics int, err error) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.progress = time.Now()
-	if b.tried {
+	if err != nil {
 		q.figures.retried += uint64(metrics)
 	}
-	b.tried = b.tried || err != nil
 }
 
-// drop counts metrics of b as dropped.
-func (q *queue) drop(b *batch, metrics int) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.figures.dropped += uint64(metrics)
-	b.count -= metrics
+// posted ends the trouble: b was accepted, but stays until it is done.
+func (q *queue) posted(b *batch) {
+	defer q.lock()()
+	q.line.goOn()
+	b.shrink()
 }
 
-// forget takes b off the queue; its file was set aside.
-func (q *queue) forget(b *batch) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.inFlight, b.file = nil, ""
-	q.remove(b)
-}
-
-// done takes b off the queue, whose delivery began at start, and ends the trouble. It reports
+// done takes b off the queue, of which so many metrics were bad, and ends the trouble. It reports
 // whether b was late, and whether no batch is any more.
-func (q *queue) done(b *batch, start time.Time) (wasLate, over bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.inFlight, q.trouble = nil, ""
-	before, took := q.late, time.Since(start)
-	if q.remove(b) {
-		q.figures.sent += uint64(b.count)
-	}
-	if before > 0 && q.late == 0 {
-		q.logLoss(true)
-	}
-	q.log.Debug("delivered", "metrics", b.count, "took", took.Round(time.Millisecond), q.state())
-	return q.late < before, q.late == 0
+func (q *queue) done(b *batch, bad int, took time.Duration) (wasLate, over bool) {
+	defer q.lock()()
+	q.line.goOn()
+	q.line.remove(b)
+	q.discard(b)
+	q.figures.sent += uint64(b.count - bad)
+	q.figures.dropped += uint64(bad)
+	q.log.Debug("delivered", "metrics", b.count-bad, "took", took.Round(time.Millisecond), q.state())
+	return b.isLate, !q.line.hasLate()
 }
 
-// putBack ends the flight of b, of which left is still to be delivered; nil is all of it. b is
-// late now, and because of trouble, if there is any, so is everything else.
-func (q *queue) putBack(b *batch, left []byte, trouble string) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.inFlight = nil
-	if !b.pending.IsZero() {
-		b.pending, b.tried = time.Time{}, true
-	}
-	if left != nil { // a file keeps the whole: a crash loses nothing
-		q.figures.sent += uint64(b.count - countOf(left))
-		b.body, b.packed, b.count, b.extra = left, pack(left), countOf(left), true
-	} else if b.file != "" && !b.extra {
-		b.packed = nil
-	}
-	q.late = max(q.late, slices.Index(q.batches, b)+1)
-	if trouble != "" {
-		q.trouble, q.late = trouble, len(q.batches)
-	}
-	for _, b := range q.batches[:q.late] {
-		if b.body != nil { // its turn does not come at once
-			b.pack(q.disk.used)
-			b.body = nil
-		}
-	}
+// putBack ends the delivery of b, of which left is still to be delivered, nil for all of it, and so
+// many metrics were bad. b is late now, and because of trouble, if there is any, so is everything
+// else.
+func (q *queue) putBack(b *batch, left []byte, bad int, trouble string) {
+	defer q.lock()()
+	q.figures.sent += uint64(b.putBack(left) - bad)
+	q.figures.dropped += uint64(bad)
+	q.line.delay(b, trouble)
 }
 
-// hasFresh reports whether a fresh batch waits beside the one in flight.
+// hasFresh reports whether a fresh batch waits.
 func (q *queue) hasFresh() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return slices.ContainsFunc(q.batches[q.late:], func(b *batch) bool { return b != q.inFlight })
+	return q.line.first(func(b *batch) bool { return !b.isOut && !b.isLate }) != nil
+}
+
+// The next ones are about the disk.
+
+// useSpool keeps the queue in s as well, and queues what an earlier run left there. A folder that
+// will never do is an error; one that does not work now may do so later, which is logged.
+func (q *queue) useSpool(s *spool) error {
+	q.spool = s
+	err, _ := inTime(storeWait, func() error {
+		defer q.lock()()
+		return q.open()
+	})
+	if isPermanent(err) {
+		return err
+	}
+	go q.keep()
+	return nil
+}
+
+// inTime returns what do returns. If that takes too long, do goes on by itself, and ok is false.
+func inTime[T any](within time.Duration, do func() T) (result T, ok bool) {
+	done := make(chan T, 1)
+	go func() { done <- do() }()
+	select {
+	case result = <-done:
+		return result, true
+	case <-time.After(within):
+		return result, false
+	}
+}
+
+// keep gives the disk one thing after the other to do: first of all what delivery waits for. It
+// returns after end, when everything is stored or the disk fails.
+func (q *queue) keep() {
+	defer close(q.kept)
+	defer q.lock()()
+	for d := &q.disk; ; {
+		b, isOwed := q.turn()
+		unstored := q.line.first(func(b *batch) bool { return !b.isStored() })
+		switch {
+		case isOwed && b.isStored():
+			q.read(b)
+		case isOwed:
+			q.write(b)
+		case !d.rests && !d.isOpen:
+			_ = q.open()
+		case !d.rests && len(d.litter) > 0:
+			_ = q.onDisk(q.spool.check)
+		case !d.rests && unstored != nil:
+			q.write(unstored)
+		case d.ends:
+			_ = q.onDisk(q.spool.close)
+			return
+		default:
+			d.rests = true
+			q.report()
+			q.changed.Wait()
+		}
+	}
+}
+
+// report logs that the spool fails, or works again, if that is news. Why does not count: it can
+// have another file's name in it each time.
+func (q *queue) report() {
+	switch err := q.disk.trouble; {
+	case err != nil && q.disk.news.isNew("failed"):
+		q.log.Error("cannot use the spool, keeping metrics in memory", "error", errorText(err))
+	case err == nil && q.disk.news.isNew(""):
+		q.log.Info("the spool works again")
+	}
+}
+
+// onDisk lets the disk remove litter, and do something. q is not locked meanwhile.
+func (q *queue) onDisk(do func() error) error {
+	d := &q.disk
+	litter := d.litter
+	d.litter, d.busy = nil, time.Now()
+	q.mu.Unlock()
+	q.works.Lock()
+	for _, f := range litter {
+		q.spool.remove(f.name)
+	}
+	err := do()
+	q.works.Unlock()
+	q.mu.Lock()
+	d.busy, d.rests = time.Time{}, err != nil
+	q.changed.Broadcast()
+	return err
+}
+
+// open opens the spool and queues what is in it.
+func (q *queue) open() error {
+	var found []file
+	err := q.onDisk(func() (err error) {
+		found, err = q.spool.open()
+		return err
+	})
+	q.disk.isOpen, q.disk.trouble = err == nil, err
+	if len(found) > 0 {
+		q.line.addFound(found)
+		metrics := 0
+		for _, f := range found {
+			metrics += f.metrics
+		}
+		q.log.Info("metrics of an earlier run wait in the spool", "metrics", metrics,
+			"batches", len(found), "since", inUTC(found[0].oldest))
+		q.bound()
+	}
+	return err
+}
+
+// write writes b into a file.
+func (q *queue) write(b *batch) {
+	body, count, f := b.body, b.count, file{}
+	_, held := q.line.size()
+	err := q.onDisk(func() (err error) {
+		q.spool.makeRoom(held, q.limit)
+		f, err = q.spool.write(pack(body), b.oldest, count, "")
+		return err
+	})
+	q.disk.trouble = err
+	switch {
+	case err != nil:
+	case slices.Contains(q.line.batches, b):
+		b.hasWritten(f)
+		if b.isLate {
+			b.shrink()
+		}
+		q.bound()
+	default: // it was delivered or dropped meanwhile
+		q.disk.litter = append(q.disk.litter, f)
+	}
+}
+
+// read reads the file of b.
+func (q *queue) read(b *batch) {
+	f, body := b.file, []byte(nil)
+	err := q.onDisk(func() (err error) {
+		body, err = q.spool.read(f)
+		return err
+	})
+	switch {
+	case err != nil:
+		q.disk.isOpen, q.disk.trouble = false, err
+	case body != nil:
+		b.hasRead(body)
+	case slices.Contains(q.line.batches, b): // its file was set aside
+		q.line.remove(b)
+		q.figures.dropped += uint64(b.count)
+	}
+}
+
+// setAside keeps refused metrics in a file of the spool. It returns the file's name, "" if there is
+// none, or if the disk hangs.
+func (q *queue) setAside(body []byte, oldest int64) (name string) {
+	if q.spool == nil {
+		return ""
+	}
+	f, _ := inTime(storeWait, func() file {
+		q.works.Lock()
+		defer q.works.Unlock()
+		f, _ := q.spool.write(pack(body), oldest, countOf(body), badSuffix)
+		return f
+	})
+	return f.name
+}
+
+// end stores what the disk did not take before, and lets others have the spool.
+func (q *queue) end() {
+	if q.spool == nil {
+		return
+	}
+	unlock := q.lock()
+	q.disk.ends, q.disk.rests = true, false
+	unlock()
+	select {
+	case <-q.kept:
+	case <-time.After(storeWait):
+	}
+}
+
+// The rest tells what is in the queue.
+
+// left returns how many metrics have files, how many have none, and how many were dropped.
+func (q *queue) left() (inFiles, inMemory, dropped int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, b := range q.line.batches {
+		if b.isStored() {
+			inFiles += b.count
+		} else {
+			inMemory += b.count
+		}
+	}
+	return inFiles, inMemory, int(q.figures.dropped)
 }
 
 // hangs reports whether a request takes much longer than any may.
 func (q *queue) hangs() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.inFlight != nil && time.Since(q.progress) > maxFlight
+	isOut := func(b *batch) bool { return b.isOut }
+	return slices.ContainsFunc(q.line.batches, isOut) && time.Since(q.progress) > maxFlight
 }
 
 // own returns the queue's own metrics, for the host with this name in its metrics.
@@ -334,7 +413,7 @@ func (q *queue) own(host string, at time.Time) []metric {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	now := at.Unix()
-	_, bytes := q.size()
+	_, bytes := q.line.size()
 	return []metric{
 		{host, ".metrics.sent", whole(q.figures.sent), now},
 		{host, ".metrics.retried", whole(q.figures.retried), now},
@@ -343,19 +422,19 @@ func (q *queue) own(host string, at time.Time) []metric {
 	}
 }
 
-// state describes the queue for the log. It is called with mu held.
+// state describes the queue for the log.
 func (q *queue) state() slog.Attr {
-	metrics, bytes := q.size()
-	return slog.Group("queue", "metrics", metrics, "batches", len(q.batches), "bytes", bytes)
+	metrics, bytes := q.line.size()
+	return slog.Group("queue", "metrics", metrics, "batches", len(q.line.batches), "bytes", bytes)
 }
 
 // backlog returns what waits, the time of the oldest metric if any is late, and why they wait.
 func (q *queue) backlog() (metrics int, bytes int64, since, trouble string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	metrics, bytes = q.size()
-	if q.late > 0 {
-		since = inUTC(q.batches[0].oldest)
+	metrics, bytes = q.line.size()
+	if q.line.hasLate() {
+		since = inUTC(q.line.batches[0].oldest)
 	}
-	return metrics, bytes, since, q.trouble
+	return metrics, bytes, since, q.line.trouble
 }

@@ -9,26 +9,38 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"syscall"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 )
 
 // writeDurably writes a file that is there wholly or not at all, whatever happens to the process or
 // to the power, and for its user alone.
-func writeDurably(dir, name string, data []byte) error {
-	path := filepath.Join(dir, name)
-	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(dir)); err != nil {
+func writeDurably(root *os.Root, name string, data []byte) error {
+	unfinished := "." + name
+	f, err := root.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
 		return err
 	}
-	return syncFolder(dir) // only then is the new name durable
+	_, err = f.Write(data)
+	if err = cmp.Or(err, f.Sync(), f.Close()); err == nil {
+		err = root.Rename(unfinished, name)
+	}
+	if err != nil {
+		_ = root.Remove(unfinished)
+		return err
+	}
+	folder, err := root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer folder.Close()
+	return folder.Sync() // only then is the new name durable
 }
 
-// syncFolder waits until the names in a folder are on the disk.
-func syncFolder(dir string) error {
+// syncPath waits until the names in a folder are on the disk.
+func syncPath(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

@@ -5,7 +5,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"syscall"
 	"time"
 
@@ -14,8 +13,8 @@ import (
 
 // writeDurably writes a file and waits until it is on the disk. Windows has no way to rename it
 // that survives a loss of power for certain; what was cut off is found by its checksum.
-func writeDurably(dir, name string, data []byte) error {
-	f, err := os.OpenFile(filepath.Join(dir, name), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+func writeDurably(root *os.Root, name string, data []byte) error {
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -28,8 +27,8 @@ func writeDurably(dir, name string, data []byte) error {
 	return err
 }
 
-// syncFolder does nothing: Windows has no way to do it.
-func syncFolder(string) error { return nil }
+// syncPath does nothing: Windows has no way to do it.
+func syncPath(string) error { return nil }
 
 // isOwn is left to Windows: what a user may write there, others may not by default.
 func isOwn(fs.FileInfo) bool { return true }
