@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -27,23 +26,6 @@ const (
 	diskTold = `level=ERROR msg="cannot use the spool, keeping metrics in memory" `
 	diskBack = `level=INFO msg="the spool works again"`
 )
-
-// files returns the names in a folder, without the lock.
-func files(t testing.TB, dir string) []string {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	harness.Must(t, err)
-	var names []string
-	for _, e := range entries {
-		if e.Name() != lockName {
-			names = append(names, e.Name())
-		}
-	}
-	return names
-}
-
-// newDir returns the path of a folder that is yet to be made, as the one above it.
-func newDir(t testing.TB) string { return filepath.Join(t.TempDir(), "a", "spool") }
 
 // usedBy returns how much of the disk the files in a folder take.
 func usedBy(t *testing.T, dir string) (bytes int64) {
@@ -200,33 +182,6 @@ func TestSpoolIsBounded(t *testing.T) {
 		deliverRest(t, q)
 		r.inOrder(t, 329-128, 329)
 	})
-}
-
-// A day of 100 containers at a poll a minute, with long values, fits into the default limit.
-func TestSpoolHoldsADay(t *testing.T) {
-	random := rand.New(rand.NewPCG(1, 2))
-	var metrics []metric
-	// All that a container can send. TestMetricsAreDocumented shows that this is so.
-	names := harness.AllOf("(?m)^\\| `<c>\\.([^`<]+)`", harness.ReadFile(t, "docs/metrics.md"))
-	for i := range 100 {
-		for _, pattern := range names {
-			for _, name := range harness.Expand(pattern) {
-				path := fmt.Sprintf("project%d.service%d.%s", i/10, i, name)
-				value, at := whole(random.Uint64N(1e12)), 1795409680+int64(i%2)
-				metrics = append(metrics, metric{"", path, value, at})
-			}
-		}
-	}
-	if len(metrics) < 4000 {
-		t.Fatalf("only %d metrics", len(metrics))
-	}
-	var sweep int64
-	for some := range slices.Chunk(metrics, maxBatch) {
-		sweep += onDisk(int64(len(pack(encode(some)))))
-	}
-	if day := sweep * 24 * 60; day > 256<<20 {
-		t.Errorf("%d metrics a minute are %d MiB a day", len(metrics), day>>20)
-	}
 }
 
 // An existing file is not replaced.
@@ -787,31 +742,6 @@ func BenchmarkDrain(b *testing.B) {
 	drain(b, mustBackstop(b, url).destination())
 }
 
-// drain measures the delivery of a day's backlog.
-func drain(b *testing.B, to destination) {
-	const sweeps, size = 24 * 60, 4000
-	for b.Loop() {
-		b.StopTimer()
-		spool, now := &spool{dir: b.TempDir()}, time.Now().Unix()
-		var metrics [size]metric
-		for i := range sweeps {
-			at := now - int64(sweeps-i)*60
-			for m := range metrics {
-				name := fmt.Sprintf("bench.project%d.service%d.memory.m%d", m/400, m/40, m%40)
-				metrics[m] = metric{"", name, whole(uint64(i*m) * 1234567), at}
-			}
-			start := time.Unix(at, 0).UTC().Format(spoolTime)
-			path := filepath.Join(spool.dir, fmt.Sprintf("%s-%010d-%d.json.gz", start, i, size))
-			harness.Must(b, os.WriteFile(path, pack(encode(metrics[:])), 0o600))
-		}
-		b.StartTimer()
-		q, _ := newRig(b, to, 256<<20, spool.dir)
-		q.close()
-		harness.Must(b, q.deliver(b.Context()))
-	}
-	b.ReportMetric(float64(b.N)*sweeps*size/b.Elapsed().Seconds(), "metrics/s")
-}
-
 // Another program's file is not overwritten because it is called lock.
 func TestSpoolLeavesAForeignLockAlone(t *testing.T) {
 	for _, content := range []string{"", "4711\n", "precious\n"} {
@@ -826,29 +756,6 @@ func TestSpoolLeavesAForeignLockAlone(t *testing.T) {
 		if got := harness.ReadFile(t, path); got != content {
 			t.Errorf("%.20q has become %.20q", content, got)
 		}
-	}
-}
-
-// A folder with very many files, more than the limit, holds up neither polls nor the end.
-func TestSpoolWithManyFiles(t *testing.T) {
-	log := &harness.Log{}
-	q := newQueue(1<<20, log.Logger())
-	const files = 300_000
-	found := make([]file, files)
-	for i := range found {
-		found[i] = file{name: fmt.Sprint(i), size: diskBlock, metrics: 1, oldest: int64(1 + i)}
-	}
-	start := time.Now()
-	q.line.addFound(found)
-	q.bound()
-	if took := time.Since(start); took > 5*time.Second { // it took minutes
-		t.Errorf("took %s", took)
-	}
-	const kept = 1 << 20 / diskBlock
-	if got := len(q.line.batches); got != kept || q.line.batches[0].file != found[files-kept] ||
-		len(q.disk.litter) != files-kept || q.figures.dropped != files-kept {
-		t.Errorf("%d are left, %d to be removed, %d dropped", got,
-			len(q.disk.litter), q.figures.dropped)
 	}
 }
 
