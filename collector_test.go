@@ -64,16 +64,6 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-func TestHostName(t *testing.T) {
-	r := harness.NewReplay(t, "cgroup2")
-	c, _ := collecting(t, r.URL, 10*time.Second)
-	c.host = "web1.example.com"
-	lines := asLines(c.sweep(t.Context()).metrics)
-	if !strings.Contains(lines, "\nweb1_example_com.containers.total 6 ") {
-		t.Errorf("--host made\n%s", lines)
-	}
-}
-
 // A proxy before the engine that forbids /info costs the host's figures and one warning, no more.
 func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 	own, err := os.Hostname()
