@@ -199,22 +199,6 @@ func TestSpoolReplacesNoFile(t *testing.T) {
 	}
 }
 
-func TestSpoolIsOneDaemons(t *testing.T) {
-	dir := newDir(t)
-	first, _ := (&receiver{}).spooled(t, dir)
-	second, _ := (&receiver{}).queue(t)
-	err := second.useSpool(&spool{dir: dir, log: second.queue.log})
-	want := fmt.Sprintf("another %s uses this folder", program)
-	if err == nil || err.Error() != want {
-		t.Errorf("error %v, want %s", err, want)
-	}
-	first.kill()
-	if err := second.useSpool(&spool{dir: dir, log: second.queue.log}); err != nil {
-		t.Error(err)
-	}
-	second.kill()
-}
-
 // A daemon whose folder was removed keeps metrics in memory, and leaves alone what another one has
 // in its place.
 func TestSpoolSurvivesARemovedFolder(t *testing.T) {
@@ -269,17 +253,9 @@ func TestSpoolRefusesWhatIsNotForIt(t *testing.T) {
 	for name, create := range map[string]func(dir string){
 		"a dangling symlink": func(dir string) { link("nowhere", dir) },
 		"a loop":             func(dir string) { link(filepath.Base(dir), dir) },
-		"a lock that is a pipe": func(dir string) {
-			folder(dir)
-			mustRun(t, "mkfifo", "-m", "600", filepath.Join(dir, lockName))
-		},
 		"a lock that is a symlink": func(dir string) {
 			folder(dir)
 			link(victim, filepath.Join(dir, lockName))
-		},
-		"a folder anybody may write to": func(dir string) {
-			folder(dir)
-			harness.Must(t, os.Chmod(dir, 0o777))
 		},
 		strings.Repeat("long", 100): func(string) {},
 	} {
