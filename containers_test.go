@@ -138,10 +138,8 @@ func TestImages(t *testing.T) {
 }
 
 // Inspect is asked of containers that may have been started since the last time, and only of
-// those; the uptime is right all the same.
+// those.
 func TestInspectOnlyAfterAStart(t *testing.T) {
-	r := harness.NewReplay(t, "cgroup2")
-	c, _ := collecting(t, r.URL, 10*time.Second)
 	known, now := new(container), new(inspected)
 	now.State.Running = true
 	asks := func(cpu uint64) bool {
@@ -166,27 +164,6 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	}
 	if known.last = nil; known.isStale(count{}) {
 		t.Error("it is asked because nothing is known of its CPU time")
-	}
-
-	// And in a whole sweep: the recorded containers are up for 40 s.
-	r.Questions()
-	c.sweep(t.Context())
-	if asked := strings.Join(r.Questions(), " "); strings.Count(asked, "/json ") != 6 {
-		t.Errorf("the first sweep asked %s", asked) // an inspect each
-	}
-	lines := asLines(c.sweep(t.Context()).metrics)
-	want := "/containers/fx-busy/stats /containers/fx-host/stats /containers/fx-idle/stats " +
-		"/containers/fx-paused/stats /containers/fx-two/stats /containers/fx-web/json " + // is gone
-		"/containers/fx-web/stats /containers/json?all=1 /events"
-	if asked := regexp.MustCompile(`\?(stream|filters)\S*`).ReplaceAllString(
-		strings.Join(r.Questions(), " "), ""); asked != want {
-		t.Errorf("the second sweep asked %s, want %s", asked, want)
-	}
-	if strings.Count(lines, ".uptime ") != 5 {
-		t.Errorf("the second sweep made\n%s", lines)
-	}
-	if len(c.containers.byID) != 6 {
-		t.Errorf("%d containers are remembered", len(c.containers.byID))
 	}
 }
 
