@@ -15,7 +15,7 @@ import (
 // scripts can split at blanks, with a remark at the end. ok is false if containers collide or one
 // cannot be named. The error is the engine's.
 func check(ctx context.Context, c *collector) (text string, ok bool, err error) {
-	now, err := c.survey(ctx)
+	found, err := c.survey(ctx)
 	if err != nil {
 		return "", false, err
 	}
@@ -35,8 +35,8 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 			metrics, remark = "?", "cannot be named: "+errorText(known.err)
 		case known.drop:
 			metrics, remark = "-", "dropped"
-		case known.shadowed != "":
-			remark = "left out: " + known.shadowed + " has this name already"
+		case known.err != nil:
+			remark = "left out: " + errorText(known.err)
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", fit(known.name, maxForeign), rule,
 			cmp.Or(known.category, "-"), metrics, fit(remark, maxShown))
@@ -46,5 +46,5 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 	for line := range strings.Lines(lines.String()) {
 		trimmed.WriteString(strings.TrimRight(line, " \n") + "\n")
 	}
-	return trimmed.String(), now.collisions == 0 && len(now.unnamed) == 0, nil
+	return trimmed.String(), len(found.left) == 0, nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -24,25 +23,24 @@ type collector struct {
 	alive      func() // called after each answer; may be nil
 	log        *slog.Logger
 
-	size     int    // room for the metrics of a sweep: those of the last one, and an eighth
-	flow     flow   // of the calls to the engine
-	about    about  // what the engine says about itself
-	answered bool   // whether the engine answered last time
-	server   string // what the engine calls itself
-	news     news   // what was last logged of the engine
-	skew     news   // the same of its clock
+	size     int   // room for the metrics of a sweep: those of the last one, and an eighth
+	flow     flow  // of the calls to the engine
+	about    about // what the engine says about itself
+	answered bool  // whether the engine answered last time
+	news     news  // what was last logged of the engine
 }
 
 // about is what an engine said about itself.
 type about struct {
 	info
+	server   string    // what it calls itself
 	askedAt  time.Time // zero: never
 	nameless bool      // whether it will not tell its name
 	news     news
-	call     chan aboutNow // gets the answer to the call that is under way, nil if none is
+	call     chan infoAnswer // gets the answer to the call that is under way, nil if none is
 }
 
-type aboutNow struct {
+type infoAnswer struct {
 	info
 	err error
 }
@@ -53,8 +51,9 @@ func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
 	}
 }
 
-// sweepResult is what one sweep brought.
+// sweepResult is what one sweep brought. All its metrics are of the time at which it began.
 type sweepResult struct {
+	start   time.Time
 	metrics []metric
 	running int   // containers
 	sampled int   // containers that were read
@@ -75,29 +74,40 @@ func (c *collector) hostName() string {
 	return graphiteNode(name)
 }
 
+// errNoClock is why there are no polls: points of such a time would be in no graph.
+var errNoClock = errors.New("the clock of this host is not set")
+
 // sweep lists the running containers, asks all of them side by side, and returns their metrics
 // and the host's. A container that fails costs the others nothing. Trouble is logged once, until
 // it is over.
-func (c *collector) sweep(ctx context.Context) (result sweepResult) {
-	start := time.Now()
-	now, err := c.survey(ctx)
-	if err != nil {
-		c.hear(c.engine.timeout)
-		c.engineFailed(ctx, err)
-		return sweepResult{err: err}
+func (c *collector) sweep(ctx context.Context) sweepResult {
+	result := sweepResult{start: time.Now()}
+	if result.start.Before(noClock) {
+		result.err = errNoClock
+		if c.news.isNew(result.err.Error()) {
+			c.log.Error("not polling: "+result.err.Error(), "now", inUTC(result.start.Unix()))
+		}
+		return result
 	}
-	metrics, errs := c.askAll(ctx, now.asked, start)
-	c.hear(c.engine.timeout)
-	result = sweepResult{metrics: metrics, running: now.running, collisions: now.collisions}
+	found, err := c.survey(ctx)
+	if err != nil {
+		c.takeInfo(c.engine.timeout)
+		c.engineFailed(ctx, err)
+		result.err = err
+		return result
+	}
+	errs := c.sampleAll(ctx, found, &result)
+	c.takeInfo(c.engine.timeout)
+	result.running = found.running
 	result.err = c.engineTrouble(ctx, errs)
-	for i, known := range now.asked {
+	for i, known := range found.asked {
 		c.judge(ctx, &result, known, errs[i])
 	}
-	for _, known := range now.unnamed {
+	for _, known := range found.left {
 		c.judge(ctx, &result, known, known.err)
 	}
 	if ctx.Err() == nil { // a sweep that was cut short says nothing about the host
-		c.addHost(&result, now, start)
+		c.addHost(&result, found)
 		c.size = len(result.metrics) + len(result.metrics)/8
 	}
 	return result
@@ -114,20 +124,20 @@ func (c *collector) survey(sweep context.Context) (*census, error) {
 	limit := c.engine.timeout
 	ctx, cancel := context.WithTimeoutCause(sweep, limit, noAnswer(limit))
 	defer cancel()
-	fresh := !c.answered || c.engine.changed.Load()
-	if fresh {
+	isNew := !c.answered || c.engine.changed.Load()
+	if isNew {
 		server, err := c.engine.hello(ctx)
 		if err != nil {
 			return nil, err
 		}
-		c.server = server
+		c.about.server = server
 	}
 	isOld := time.Since(c.about.askedAt) > refresh
-	if fresh || isOld || c.hostName() == "" {
-		c.ask(sweep)
+	if isNew || isOld || c.hostName() == "" {
+		c.askInfo(sweep)
 	}
-	if fresh || c.hostName() == "" && c.containers.rules.needHost() {
-		c.hear(c.engine.timeout / 2)
+	if isNew || c.hostName() == "" && c.containers.rules.needHost() {
+		c.takeInfo(limit / 2)
 	}
 	all := c.about.Stopped.n <= manyStopped || isOld
 	list, at, err := c.engine.list(ctx, all)
@@ -136,89 +146,77 @@ func (c *collector) survey(sweep context.Context) (*census, error) {
 	}
 	everything := len(list)
 	list = slices.DeleteFunc(list, func(l listed) bool { return !l.runs() })
-	if c.answered = true; c.news.isNew("it is " + c.server + c.engine.api) {
-		c.log.Info("Docker engine answers", "engine", c.server, "api", c.engine.api,
+	c.answered = true
+	if server := c.about.server; c.news.isNew("it is " + server + c.engine.api) {
+		c.log.Info("Docker engine answers", "engine", server, "api", c.engine.api,
 			"one_shot", c.engine.oneShot, "host", c.hostName(), "running", len(list))
 	}
-	c.compareClocks(at)
 	c.containers.remember(list)
-	c.containers.changed(c.events.poll(ctx, c.engine, at))
+	fresh := c.events.poll(ctx, c.engine, at)
 	c.findImages(ctx)
 	c.containers.apply(c.hostName())
-	now := c.containers.share()
-	if all { // those that wait to be restarted are stopped, for /info
-		c.about.Stopped = counted(uint64(everything - len(list) + now.restarting))
+	found := c.containers.share()
+	found.at = at
+	if c.events.isKnown() {
+		c.containers.learnEvents(fresh, found, c.hostName())
 	}
-	return now, nil
+	if all { // those that wait to be restarted are stopped, for /info
+		c.about.Stopped = counted(uint64(everything - len(list) + found.restarting))
+	}
+	return found, nil
 }
 
-// ask begins to ask the engine about itself, beside everything else: it is the call that hangs most
-// often, because of a plugin.
-func (c *collector) ask(ctx context.Context) {
+// askInfo begins to ask the engine about itself, beside everything else: it is the call that hangs
+// most often, because of a plugin.
+func (c *collector) askInfo(ctx context.Context) {
 	if c.about.call != nil { // it is under way
 		return
 	}
-	call := make(chan aboutNow, 1)
+	call := make(chan infoAnswer, 1)
 	c.about.call = call
 	go func() {
 		i, err := c.engine.info(ctx)
-		call <- aboutNow{i, err}
+		call <- infoAnswer{i, err}
 	}()
 }
 
-// hear takes over what the engine says about itself, if it was asked and answers in time. A proxy
-// before the engine may forbid the question: the sweep goes on all the same.
-func (c *collector) hear(within time.Duration) {
+// takeInfo takes over what the engine says about itself, if it was asked and answers in time. A
+// proxy before the engine may forbid the question: the sweep goes on all the same.
+func (c *collector) takeInfo(within time.Duration) {
 	if c.about.call == nil {
 		return
 	}
-	var now aboutNow
+	var got infoAnswer
 	select {
-	case now = <-c.about.call:
+	case got = <-c.about.call:
 	case <-time.After(within):
 		return
 	}
 	c.about.call = nil
-	if now.err == nil {
-		if now.Stopped.absent() {
-			now.Stopped = c.about.Stopped
+	if got.err == nil {
+		if got.Stopped.absent() {
+			got.Stopped = c.about.Stopped
 		}
-		now.Name = cmp.Or(now.Name, c.about.Name)
-		c.about.info, c.about.askedAt = now.info, time.Now()
+		got.Name = cmp.Or(got.Name, c.about.Name)
+		c.about.info, c.about.askedAt = got.info, time.Now()
 	}
-	if now.err == nil || isRefusal(now.err) {
-		c.about.nameless = now.Name == ""
+	if got.err == nil || isRefusal(got.err) {
+		c.about.nameless = got.Name == ""
 	}
-	text := errorText(now.err)
-	if errors.Is(now.err, context.Canceled) || !c.about.news.isNew(text) {
+	text := errorText(got.err)
+	if errors.Is(got.err, context.Canceled) || !c.about.news.isNew(text) {
 		return
 	}
 	switch {
-	case isRefusal(now.err):
+	case isRefusal(got.err):
 		c.log.Warn("Docker engine refuses /info, so this may not be its host's name; "+
 			"set it with --host", "host", c.hostName(), "error", text)
-	case now.err != nil && c.hostName() == "":
+	case got.err != nil && c.hostName() == "":
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll; until then "+
 			"there are no metrics of the host, and of containers with ${host} in their rule; "+
 			"or set the name with --host", "error", text)
-	case now.err != nil:
+	case got.err != nil:
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll", "error", text)
-	}
-}
-
-// maxSkew is how far the engine's clock may be off ours without a warning.
-const maxSkew = 30 * time.Second
-
-// compareClocks warns of an engine whose clock differs from ours. at is its time, without the
-// fraction of the second.
-func (c *collector) compareClocks(at time.Time) {
-	off, skewed := time.Until(at.Add(time.Second/2)), ""
-	if off.Abs() > maxSkew {
-		skewed = "skewed"
-	}
-	if c.skew.isNew(skewed) && skewed != "" {
-		c.log.Warn("Docker engine's clock differs from this host's, metrics have the engine's time",
-			"ahead", off.Round(time.Second))
 	}
 }
 
@@ -229,11 +227,11 @@ func (c *collector) findImages(ctx context.Context) {
 	list := c.containers.imageless()
 	c.flow.run(len(list), func(i int) {
 		known := list[i]
-		if now, err := c.engine.inspect(ctx, known.ID); err != nil {
+		if seen, err := c.engine.inspect(ctx, known.ID); err != nil {
 			known.err = fmt.Errorf("its image: %w", err)
 		} else {
-			known.learn(now)
-			known.madeOf = cmp.Or(now.Config.Image, known.Image)
+			known.learn(seen)
+			known.madeOf = cmp.Or(seen.Config.Image, known.Image)
 		}
 	})
 }
@@ -249,34 +247,45 @@ func (c *collector) engineFailed(ctx context.Context, err error) {
 	}
 }
 
-// askAll samples containers side by side. It returns their metrics, and an error or nil for each.
-func (c *collector) askAll(ctx context.Context, asked []*container, start time.Time) (
-	metrics []metric, errs []error,
-) {
-	metrics = make([]metric, 0, c.size)
-	errs = make([]error, len(asked))
-	var mu sync.Mutex // of metrics
+// sampleAll samples containers side by side, and adds their metrics to result. It returns an error
+// or nil for each.
+func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepResult) []error {
+	result.metrics = make([]metric, 0, c.size)
+	errs := make([]error, len(found.asked))
+	var (
+		mu         sync.Mutex // of the metrics, and of the next two
+		late, slow bool       // whether a call timed out that did not before, or nearly did
+	)
 	c.flow.inTicks = c.engine.inTicks
-	c.flow.run(len(asked), func(i int) {
+	c.flow.run(len(found.asked), func(i int) {
 		// All calls for a container share one limit: it must not hold up the next sweep.
-		limit := c.engine.timeout
+		start, limit := time.Now(), c.engine.timeout
 		ctx, cancel := context.WithTimeoutCause(ctx, limit, noAnswer(limit))
 		defer cancel()
-		b := buffers.Get().(*buffer)
+		known, b := found.asked[i], buffers.Get().(*buffer)
 		defer buffers.Put(b)
-		s := sampling{c, asked[i], flattener{
-			metrics: b.metrics[:0], path: asked[i].path, at: start.Unix(),
+		s := sampling{c, known, found.at, flattener{
+			metrics: b.metrics[:0], path: known.path, at: result.start.Unix(),
 		}}
-		errs[i] = s.sample(ctx, &b.body)
+		err := s.sample(ctx, &b.body)
 		b.metrics = s.metrics
 		if c.alive != nil {
 			c.alive()
 		}
+		errs[i] = err
 		mu.Lock()
 		defer mu.Unlock()
-		metrics = append(metrics, b.metrics...)
+		result.metrics = append(result.metrics, b.metrics...)
+		late = late || isTooSlow(err) && known.news.said == ""
+		slow = slow || err == nil && time.Since(start) > limit/2
 	})
-	return metrics, errs
+	c.flow.adapt(late && slow)
+	for _, path := range found.ended {
+		f := flattener{result.metrics, path, result.start.Unix()}
+		c.containers.ends[path].flatten(&f)
+		result.metrics = f.metrics
+	}
+	return errs
 }
 
 // engineTrouble returns why the sweep as a whole failed, or nil. Where a connection failed, it
@@ -292,12 +301,19 @@ func (c *collector) engineTrouble(ctx context.Context, errs []error) error {
 	return err
 }
 
-// judge counts whether a container was read or has failed. It logs that, unless the sweep as a
-// whole failed.
+// judge counts whether a container was read, has failed or was left out. One that has just ended is
+// none of these, but only once. It logs that, unless the sweep as a whole failed.
 func (c *collector) judge(ctx context.Context, result *sweepResult, known *container, err error) {
+	hasEnded := errors.Is(err, errStopped)
+	if hasEnded && known.hasEnded {
+		err = errUnknown
+	}
+	known.hasEnded = hasEnded
 	switch {
 	case err == nil, errors.Is(err, errRestarting):
 		result.sampled++
+	case errors.As(err, new(*collision)):
+		result.collisions++
 	case !errors.Is(err, errStopped) && ctx.Err() == nil:
 		result.failed++
 	}
@@ -307,30 +323,31 @@ func (c *collector) judge(ctx context.Context, result *sweepResult, known *conta
 }
 
 // addHost adds the metrics of the host and of the sweep itself.
-func (c *collector) addHost(result *sweepResult, now *census, start time.Time) {
-	host := flattener{metrics: result.metrics, path: c.hostName(), at: start.Unix()}
+func (c *collector) addHost(result *sweepResult, found *census) {
+	host := flattener{result.metrics, c.hostName(), result.start.Unix()}
 	if host.path == "" {
 		return
 	}
 	host.addCount(".containers.total", result.running)
 	for _, category := range c.containers.rules.categories() {
-		host.addCount(".containers."+category, now.categories[category])
+		host.addCount(".containers."+category, found.categories[category])
 	}
 	// As /info counts them
-	host.addCount(".containers.running", now.running-now.paused-now.restarting)
-	host.addCount(".containers.paused", now.paused)
+	host.addCount(".containers.running", found.running-found.paused-found.restarting)
+	host.addCount(".containers.paused", found.paused)
 	host.add(".containers.stopped", c.about.Stopped)
 	c.events.flatten(&host)
 	host.addCount(".metrics.sampled", result.sampled)
 	host.addCount(".metrics.failed", result.failed)
-	host.addCount(".metrics.collisions", now.collisions)
-	host.add(".metrics.duration", counted(uint64(time.Since(start)))) // an int may have 32 bits
+	host.addCount(".metrics.collisions", result.collisions)
+	took := time.Since(result.start)
+	host.add(".metrics.duration", counted(uint64(took))) // an int may have 32 bits
 	result.metrics = host.metrics
 }
 
 // buffer holds one sample while it is made.
 type buffer struct {
-	body    bytes.Buffer
+	body    answer
 	metrics []metric
 }
 
@@ -340,13 +357,31 @@ var buffers = sync.Pool{New: func() any { return new(buffer) }}
 type sampling struct {
 	*collector
 	known *container
+	now   time.Time // the engine's
 	flattener
 }
 
-// sample asks for the container and collects its metrics. One that waits for its restart sends only
-// .restarts.
-func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
-	known, start := s.known, s.at
+// sample asks for the container and collects its metrics. What is known beside its stats is sent
+// also if these cannot be read. One that waits for its restart sends only .restarts.
+func (s *sampling) sample(ctx context.Context, body *answer) error {
+	known := s.known
+	err := s.sampleStats(ctx, body)
+	switch {
+	case errors.Is(err, errStopped):
+	case errors.Is(err, errRestarting):
+		s.add(".restarts", known.restarts)
+	case err == nil || !known.checkedAt.IsZero():
+		known.flatten(&s.flattener, s.now)
+	}
+	if known.ends != nil {
+		known.ends.flatten(&s.flattener)
+	}
+	return err
+}
+
+// sampleStats collects what the container's stats tell. Their error may be that it does not run.
+func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
+	known := s.known
 	if known.state() == "restarting" {
 		if err := s.inspect(ctx); err != nil {
 			return err
@@ -359,34 +394,34 @@ func (s *sampling) sample(ctx context.Context, body *bytes.Buffer) error {
 	case err != nil:
 		return err
 	}
-	stats.flatten(&s.flattener, known.path, from, s.per)
-	if known.isStale(stats.CPU.Usage.Total) {
-		now, err := s.engine.inspect(ctx, known.ID)
+	s.now = *stats.Read
+	stats.flatten(&s.flattener, from, s.per)
+	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown()) {
+		seen, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
-			known.last = nil // nobody knows whether it was restarted
+			known.last, known.checkedAt = nil, time.Time{} // nobody knows whether it was restarted
 			return fmt.Errorf("its uptime: %w", err)
 		}
-		known.learn(now)
+		known.learn(seen)
 	}
 	sample := stats.cpuSample(known.startedAt, from)
 	if percent, ok := sample.percentSince(known.last); ok {
 		s.addDecimal(".cpu.percent", percent)
 	}
 	known.last = sample
-	s.at = start // what follows is not of the stats answer
-	known.flatten(&s.flattener, *stats.Read)
 	return nil
 }
 
 // read asks for the container's stats.
-func (s *sampling) read(ctx context.Context, body *bytes.Buffer) (*stats, origin, error) {
-	body.Reset()
+func (s *sampling) read(ctx context.Context, body *answer) (*stats, origin, error) {
+	*body = answer{text: body.text[:0]}
 	from, err := s.engine.stats(ctx, s.known.ID, body)
 	if err != nil {
 		return nil, from, err
 	}
 	from.cpus, from.memory = s.about.NCPU.n, s.about.MemTotal.n
-	stats, err := decodeStats(body.Bytes())
+	from.windows = from.windows || s.about.OSType == "windows"
+	stats, err := decodeStats(body.text)
 	return stats, from, err
 }
 
@@ -396,36 +431,34 @@ const ending = 1500 * time.Millisecond
 // doubt returns what is wrong with a container whose stats call failed with err, as it does for one
 // that does not run.
 func (s *sampling) doubt(ctx context.Context, err error) error {
-	now := s.inspect(ctx)
-	if now == nil && s.known.news.said == "" { // it was well at the last poll
+	why := s.inspect(ctx)
+	if why == nil && s.known.news.said == "" { // it was well at the last poll
 		select {
 		case <-time.After(min(ending, s.engine.timeout/2)):
-			now = s.inspect(ctx)
+			why = s.inspect(ctx)
 		case <-ctx.Done():
 		}
 	}
 	switch {
-	case now != nil:
-		return now
+	case why != nil:
+		return why
 	case errors.Is(err, errStopped): // so it seemed
 		return errors.New("its stats answer is empty")
 	}
 	return err
 }
 
-// inspect asks what only inspect tells. It returns nil if the container runs. If it waits for its
-// restart, .restarts is added.
+// inspect asks what only inspect tells. It returns nil if the container runs.
 func (s *sampling) inspect(ctx context.Context) error {
-	now, err := s.engine.inspect(ctx, s.known.ID)
+	seen, err := s.engine.inspect(ctx, s.known.ID)
 	if err != nil {
 		return err
 	}
-	s.known.learn(now)
+	s.known.learn(seen)
 	switch {
-	case now.State.Restarting:
-		s.add(".restarts", s.known.restarts)
+	case seen.State.Restarting:
 		return errRestarting
-	case !now.State.Running:
+	case !seen.State.Running:
 		return errStopped
 	}
 	return nil

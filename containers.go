@@ -15,8 +15,9 @@ import (
 type containers struct {
 	rules   rules
 	log     *slog.Logger
-	byID    map[string]*container // all of the last list
+	byID    map[string]*container // all of the last list that have an id and a name
 	holders map[string]*container // those that have a path of metrics, by that path
+	ends    map[string]*ends      // by path, from the first answer to /events on
 }
 
 // container is what is kept of one of them.
@@ -26,18 +27,19 @@ type container struct {
 	madeOf string // its image, "" until it is known
 	naming        // without a path until the rules were applied
 	host   string // the name of the host when that was
-	err    error  // why they could not be applied
+	err    error  // why it is left out: the rules could not be applied, or a *collision
 
 	facts
-	checkedAt time.Time     // when inspect was last asked; zero: they may have changed
-	up        time.Duration // since it was last started, when it was last sampled
-	last      *cpuSample    // nil if there is none to compare with
-	news      news
-	shadowed  string // the name of the container that has its path, as logged
+	up       time.Duration // since it was last started, when it was last sampled
+	last     *cpuSample    // nil if there is none to compare with
+	ends     *ends         // those of its path, nil if they are not known
+	hasEnded bool          // whether the last poll found that it has just ended
+	news     news
 }
 
 // facts are what only inspect tells.
 type facts struct {
+	checkedAt time.Time // when it was last asked; zero: they may have changed
 	startedAt time.Time // zero if it is not known
 	restarts  count     // by its restart policy
 	exitCode  int       // of its last run
@@ -45,35 +47,56 @@ type facts struct {
 	health    string    // "" for a container without a health check
 }
 
+// ends counts how runs under one path ended badly. A container that is made anew under its name
+// goes on with them.
+type ends struct {
+	oomKills    uint64
+	failedExits uint64
+	seen        time.Time // when a container had the path
+}
+
+// endsKept is how long ends are kept of a path that no container has.
+const endsKept = 24 * time.Hour
+
 // census is what one list says of the running containers, and what the rules make of them.
 type census struct {
+	at         time.Time // by the engine's clock
 	running    int
 	paused     int            // of those
 	restarting int            // likewise
 	asked      []*container   // those to ask
-	unnamed    []*container   // those that have no path: see their err
-	collisions int            // those left out because another one has their path
+	left       []*container   // those that are left out: see their err
+	ended      []string       // paths that no container has, but of which something is to be sent
 	categories map[string]int // how many the rules put in each
 }
+
+// collision says why a container is left out.
+type collision struct{ path, holder string }
+
+func (c *collision) Error() string { return c.holder + " has this name already" }
 
 // usualID matches what can be the id of a container. It becomes a part of a URL.
 var usualID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 
-// remember takes over a list, and forgets all that is not in it.
+// remember takes over a list, and forgets all that is not in it. An entry without an id or a name
+// is being made or removed: it is left out, but keeps the name it had.
 func (cs *containers) remember(list []listed) {
 	byID := make(map[string]*container, len(list))
 	for _, entry := range list {
-		if !usualID.MatchString(entry.ID) || byID[entry.ID] != nil {
-			cs.log.Debug("list entry without an id of its own", "id", entry.ID)
+		known, name := cs.byID[entry.ID], nameOf(&entry)
+		if known != nil {
+			name = cmp.Or(name, known.name)
+		}
+		if !usualID.MatchString(entry.ID) || byID[entry.ID] != nil || name == "" {
+			cs.log.Debug("list entry without an id or a name of its own", "id", entry.ID)
 			continue
 		}
-		known := cs.byID[entry.ID]
 		if known == nil {
 			known = new(container)
 		}
 		byID[entry.ID] = known
 		known.listed, known.err = entry, nil
-		if name := nameOf(&entry); name != known.name {
+		if name != known.name {
 			known.name, known.naming = name, naming{}
 		}
 	}
@@ -116,90 +139,145 @@ func (cs *containers) apply(host string) {
 
 // share gives each path to one container: to the one that has it already, else to the oldest.
 func (cs *containers) share() *census {
-	now := &census{running: len(cs.byID), categories: map[string]int{}}
+	found := &census{running: len(cs.byID), categories: map[string]int{}}
 	all := slices.SortedFunc(maps.Values(cs.byID), func(a, b *container) int {
 		return cmp.Or(cmp.Compare(a.Created, b.Created), cmp.Compare(a.ID, b.ID))
 	})
 	holders := make(map[string]*container, len(all))
 	for _, known := range all {
-		now.count(known)
+		known.ends = nil // until it is known that there are events
+		found.count(known)
 		if !known.drop && cs.holders[known.path] == known {
 			holders[known.path] = known
 		}
 	}
 	cs.holders = holders
 	for _, known := range all {
-		if known.path == "" || known.drop {
+		if known.drop {
 			continue
 		}
-		holder := holders[known.path]
-		if holder == nil {
-			holder, holders[known.path] = known, known
+		if known.err == nil {
+			holder := holders[known.path]
+			if holder == nil {
+				holder, holders[known.path] = known, known
+			}
+			if holder == known {
+				found.asked = append(found.asked, known)
+				continue
+			}
+			known.err = &collision{known.path, holder.name}
 		}
-		if holder == known {
-			known.shadowed = ""
-			now.asked = append(now.asked, known)
-			continue
-		}
-		now.collisions++
 		known.last = nil
-		if known.shadowed != holder.name {
-			known.shadowed = holder.name
-			cs.log.Warn("container left out: another one has the same name in its metrics; "+
-				"--prefix can tell them apart",
-				"container", known.name, "other", holder.name, "metrics", known.path)
-		}
+		found.left = append(found.left, known)
 	}
-	return now
+	isTroubled := func(known *container) int { return min(len(known.news.said), 1) }
+	slices.SortStableFunc(found.asked, func(a, b *container) int {
+		return isTroubled(a) - isTroubled(b) // those that may hang go last
+	})
+	return found
 }
 
 // count counts a container by its state, and by what the rules make of it.
-func (now *census) count(known *container) {
+func (found *census) count(known *container) {
 	switch known.state() {
 	case "paused":
-		now.paused++
+		found.paused++
 	case "restarting":
-		now.restarting++
-	}
-	if known.path == "" {
-		now.unnamed = append(now.unnamed, known)
+		found.restarting++
 	}
 	if known.category != "" {
-		now.categories[known.category]++
+		found.categories[known.category]++
 	}
 }
 
-// changed says that what inspect told of some containers is not right any more.
-func (cs *containers) changed(ids []string) {
-	for _, id := range ids {
-		if known := cs.byID[id]; known != nil {
-			known.checkedAt = time.Time{}
+// learnEvents takes over what happened to containers on that host: what inspect told of them may
+// not be right any more, and how they ended is counted, also of those that are gone.
+func (cs *containers) learnEvents(fresh []event, found *census, host string) {
+	now := time.Now()
+	kept := make(map[string]*ends, len(found.asked))
+	for _, known := range found.asked {
+		if known.ends = cs.ends[known.path]; known.ends == nil {
+			known.ends = new(ends)
+		}
+		known.ends.seen = now
+		kept[known.path] = known.ends
+	}
+	for path, its := range cs.ends {
+		if now.Sub(its.seen) < endsKept {
+			kept[path] = its
 		}
 	}
+	cs.ends = kept
+	for i := range fresh {
+		one := &fresh[i]
+		known, kind := cs.byID[one.key().id], one.kind()
+		if known != nil && (kind == started || kind == updated) {
+			known.checkedAt = time.Time{}
+		}
+		if kind != killed && kind != failed {
+			continue
+		}
+		path := cs.pathOf(known, one, host)
+		its := cs.ends[path]
+		switch {
+		case its == nil:
+			continue // none that was ever sampled
+		case kind == killed:
+			its.oomKills++
+		default:
+			its.failedExits++
+		}
+		if cs.holders[path] == nil && !slices.Contains(found.ended, path) {
+			found.ended = append(found.ended, path)
+		}
+	}
+}
+
+// pathOf returns the path of the container of an event, known if it is in the list, "" if it has
+// none of its own.
+func (cs *containers) pathOf(known *container, one *event, host string) string {
+	if known != nil {
+		if known.err != nil || known.drop {
+			return ""
+		}
+		return known.path
+	}
+	its := one.attributes()
+	who := subject{its["name"], one.key().id, its["image"], its}
+	if n := cs.rules.apply(who, host); !n.drop && who.name != "" {
+		return n.path
+	}
+	return ""
+}
+
+// flatten adds both counters.
+func (e *ends) flatten(f *flattener) {
+	f.add(".oom_kills", counted(e.oomKills))
+	f.add(".failed_exits", counted(e.failedExits))
 }
 
 // refresh is after what time inspect is asked again in any case: an event can be missed.
 const refresh = 10 * time.Minute
 
 // isStale reports whether what inspect told may be wrong. That is so, too, if the CPU time that the
-// container has used fell since the last sample: it was started anew.
-func (known *container) isStale(cpu count) bool {
-	return known.checkedAt.IsZero() || time.Since(known.checkedAt) > refresh ||
+// container has used fell since the last sample: it was started anew. Without events, it always may
+// be.
+func (known *container) isStale(cpu count, hasEvents bool) bool {
+	return !hasEvents || known.checkedAt.IsZero() || time.Since(known.checkedAt) > refresh ||
 		known.healthStatus() == "" && known.facts.health != "" ||
 		known.last != nil && cpu.sent && cpu.n < known.last.total
 }
 
 // learn takes over what inspect says. Of one that does not run just now, that will change soon.
-func (known *container) learn(now *inspected) {
-	known.checkedAt = time.Time{}
-	if now.State.Running && !now.State.Restarting {
+func (known *container) learn(seen *inspected) {
+	known.facts = facts{
+		restarts: seen.RestartCount, exitCode: seen.State.ExitCode, cpuLimit: seen.cpuLimit(),
+	}
+	known.startedAt, _ = time.Parse(time.RFC3339Nano, seen.State.StartedAt)
+	if seen.State.Running && !seen.State.Restarting {
 		known.checkedAt = time.Now()
 	}
-	known.startedAt, _ = time.Parse(time.RFC3339Nano, now.State.StartedAt)
-	known.restarts, known.exitCode = now.RestartCount, now.State.ExitCode
-	known.cpuLimit = now.cpuLimit()
-	known.facts.health = ""
-	if health := now.State.Health.Status; health != "none" {
+	if health := seen.State.Health.Status; health != "none" {
 		known.facts.health = health
 	}
 }
@@ -207,11 +285,10 @@ func (known *container) learn(now *inspected) {
 // noClock is before Docker's first release. Boards without a clock start in 1970.
 var noClock = time.Date(2013, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// flatten adds what is known of a container beside its stats, which were read at the engine's time
-// read.
-func (known *container) flatten(f *flattener, read time.Time) {
+// flatten adds what is known of a container beside its stats, at a time of the engine's.
+func (known *container) flatten(f *flattener, at time.Time) {
 	if known.startedAt.After(noClock) {
-		known.up = max(read.Sub(known.startedAt), 0)
+		known.up = max(at.Sub(known.startedAt), 0)
 		f.addCount(".uptime", int(known.up/time.Second))
 	}
 	f.add(".restarts", known.restarts)
@@ -227,10 +304,11 @@ func (known *container) flatten(f *flattener, read time.Time) {
 }
 
 // report logs what is wrong with a container, or that it is well again, if that is news. One that
-// is gone does no harm.
+// has just ended does no harm.
 func (cs *containers) report(known *container, err error) {
 	log := cs.log.With("container", known.name)
 	wasLooping := known.news.said == errRestarting.Error()
+	var taken *collision
 	switch {
 	case errors.Is(err, errStopped):
 		log.Debug("container is gone", "reason", errorText(err))
@@ -245,12 +323,15 @@ func (cs *containers) report(known *container, err error) {
 	case errors.Is(err, errRestarting):
 		log.Warn("container is in a restart loop",
 			"restarts", known.restarts.n, "exit_code", known.exitCode)
+	case errors.As(err, &taken):
+		log.Warn("container left out: another one has the same name in its metrics; "+
+			"--prefix can tell them apart", "other", taken.holder, "metrics", taken.path)
 	default:
 		log.Error("container cannot be read", "error", errorText(err))
 	}
 }
 
-// nameOf returns a container's name by the list, or the start of its id. Old engines also list the
+// nameOf returns a container's name by the list, "" if that has none. Old engines also list the
 // aliases that links gave it, as /other/alias, and a classic Swarm has the node before the name, as
 // /node/name.
 func nameOf(entry *listed) string {
@@ -263,6 +344,5 @@ func nameOf(entry *listed) string {
 		}
 		last = cmp.Or(last, name[slash+1:])
 	}
-	const short = 12
-	return cmp.Or(last, fit(entry.ID, short))
+	return last
 }

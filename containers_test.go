@@ -45,10 +45,14 @@ func TestCollisions(t *testing.T) {
 		{"then it is the one that has it",
 			[]listed{entry("web-1", 10), entry("web-2", 20)},
 			"web-2", 1, leftOut + "container=web-1 other=web-2 metrics=web\n"},
-		{"until it goes", []listed{entry("web-1", 10)}, "web-1", 0, ""},
+		{"until it goes", []listed{entry("web-1", 10)}, "web-1", 0,
+			"level=INFO msg=\"container can be read again\" container=web-1\n"},
 	} {
-		now := censusOf(c, test.list, "h")
-		asked, collisions := now.asked, now.collisions
+		found := censusOf(c, test.list, "h")
+		for _, known := range append(found.asked, found.left...) {
+			c.report(known, known.err)
+		}
+		asked, collisions := found.asked, len(found.left)
 		var names []string
 		for _, known := range asked {
 			names = append(names, known.name)
@@ -77,6 +81,8 @@ func TestImages(t *testing.T) {
 	body, _ := json.Marshal(list)
 	r.On("/containers/json", harness.AnswerWith(200, string(body)))
 	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{"message":"busy"}`))
+	r.On("/containers/fx-web/stats", r.Serve("stats-one-shot-idle.json"))
+	r.On("/containers/fx-web/json", r.Serve("inspect-idle.json"))
 	inspected := func() (names []string) {
 		for _, question := range r.Questions() {
 			if name, ok := strings.CutSuffix(question, "/json"); ok && name != "/containers" {
@@ -131,21 +137,21 @@ func TestImages(t *testing.T) {
 	// Nobody looks at it.
 	c, _ = collecting(t, r.URL, 10*time.Second)
 	r.On("/containers/fx-two/json", harness.AnswerWith(500, `{}`))
-	if now, err := c.survey(t.Context()); err != nil || len(now.unnamed) != 0 ||
+	if found, err := c.survey(t.Context()); err != nil || len(found.left) != 0 ||
 		len(inspected()) != 0 {
-		t.Errorf("%v, %v", now.unnamed, err)
+		t.Errorf("%v, %v", found.left, err)
 	}
 }
 
 // Inspect is asked of containers that may have been started since the last time, and only of
 // those.
 func TestInspectOnlyAfterAStart(t *testing.T) {
-	known, now := new(container), new(inspected)
-	now.State.Running = true
+	known, seen := new(container), new(inspected)
+	seen.State.Running = true
 	asks := func(cpu uint64) bool {
-		stale := known.isStale(counted(cpu))
+		stale := known.isStale(counted(cpu), true)
 		if stale {
-			known.learn(now)
+			known.learn(seen)
 		}
 		known.last = &cpuSample{total: cpu}
 		return stale
@@ -162,7 +168,7 @@ func TestInspectOnlyAfterAStart(t *testing.T) {
 	if !asks(9) || asks(9) {
 		t.Error("nobody asks for a day, or asks again")
 	}
-	if known.last = nil; known.isStale(count{}) {
+	if known.last = nil; known.isStale(count{}, true) {
 		t.Error("it is asked because nothing is known of its CPU time")
 	}
 }
@@ -236,25 +242,31 @@ func TestBrokenEntries(t *testing.T) {
 	}
 }
 
-// Where the list has no name that is the container's own, the end of another one is taken, or the
-// start of the id.
+// Where the list has no name that is the container's own, the end of another one is taken. An entry
+// without any is being made, renamed or removed: no series is made of its id.
 func TestNamesThatAreNone(t *testing.T) {
 	const id = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 	for names, want := range map[string]string{
 		`["/web"]`:                 "web",
 		`["web"]`:                  "web", // Podman's stats have them so
 		`["/shop/db","/postgres"]`: "postgres",
-		`null`:                     id[:12], `[]`: id[:12], `[""]`: id[:12], `["/"]`: id[:12], `["/node-1/"]`: id[:12],
-		`["/node-1/web"]`: "web",
+		`["/node-1/web"]`:          "web",
+		`null`:                     "", `[]`: "", `[""]`: "", `["/"]`: "", `["/node-1/"]`: "",
 	} {
 		s, c, _ := newSmall(t, `[{"Id":"`+id+`","Names":`+names+`}]`)
 		s.container(id, smallInspect, smallStats)
-		wants(t, names, c.sweep(t.Context()), want+".uptime 60", "h.metrics.sampled 1",
-			"h.metrics.failed 0")
+		result := c.sweep(t.Context())
+		if want == "" {
+			wants(t, names, result, "!0123", "!_.", "h.containers.total 0", "h.metrics.failed 0")
+			continue
+		}
+		wants(t, names, result, want+".uptime 60", "h.metrics.sampled 1", "h.metrics.failed 0")
 		table, ok, err := check(t.Context(), c)
 		if !ok || err != nil || !strings.Contains(table, "\n"+want+" ") {
 			t.Errorf("%s: %t, %v\n%s", names, ok, err, table)
 		}
+		s.answers["/containers/json"] = `[{"Id":"` + id + `","Names":[]}]` // it is renamed
+		wants(t, names+", then none", c.sweep(t.Context()), want+".uptime 60")
 	}
 }
 

@@ -280,25 +280,29 @@ func TestDeliveryDoesNotKeepStepWithABrokenBackstop(t *testing.T) {
 	}
 }
 
-// ticking is an engine's clock. It moves on a minute at each stats answer, so that each answer has
-// points of its own.
+// ticking counts stats answers. Each has an interface of its own, and so metrics of its own.
 type ticking struct {
 	mu     sync.Mutex
 	ticks  int64
-	served []string // a point of each answer, "name time"
+	served []string // a metric of each answer
 	asked  chan struct{}
 }
 
-// stats serves recorded stats of a container with the time of the tick.
-func (c *ticking) stats(r *harness.Replay, container, file string) http.HandlerFunc {
+// metric is that of a tick.
+func (c *ticking) metric(tick int64) string {
+	return fmt.Sprintf("fx-idle.network.tick%d.rx_bytes", tick)
+}
+
+// stats serves recorded stats with the interface of the tick.
+func (c *ticking) stats(r *harness.Replay) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		c.mu.Lock()
 		c.ticks++
-		at := time.Unix(1795409680+c.ticks*60, 0).UTC()
-		c.served = append(c.served, fmt.Sprintf("%s.pids.current %d", container, at.Unix()))
+		tick := c.ticks
+		c.served = append(c.served, c.metric(tick))
 		c.mu.Unlock()
-		read := []byte(`"read":"` + at.Format(time.RFC3339) + `"`)
-		w.Write(regexp.MustCompile(`"read":"[^"]*"`).ReplaceAll(r.Read(file), read))
+		iface := fmt.Appendf(nil, `"tick%d"`, tick)
+		w.Write(bytes.ReplaceAll(r.Read("stats-one-shot-idle.json"), []byte(`"eth0"`), iface))
 		select {
 		case c.asked <- struct{}{}:
 		default:
@@ -313,15 +317,14 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	binary, err := exec.LookPath(program) // see testscript.Main
 	harness.Must(t, err)
 	engine, clock := harness.NewReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
-	stats := clock.stats(engine, "fx-idle", "stats-one-shot-idle.json")
-	engine.On("/containers/fx-idle/stats", stats)
+	engine.On("/containers/fx-idle/stats", clock.stats(engine))
 	s := harness.NewStandIn(t)
 	s.Patient = true // it is killed in the middle of requests, too
 	dir := filepath.Join(t.TempDir(), "spool")
 	var log bytes.Buffer
 	start := func() *exec.Cmd {
 		daemon := exec.Command(binary, "--backstop="+s.URL+"/publish/docker",
-			"--docker="+engine.URL, "--poll=500ms", "--spool="+dir)
+			"--docker="+engine.URL, "--poll=500ms", "--spool="+dir, "--per=interface")
 		daemon.Stderr = &log
 		harness.Must(t, daemon.Start())
 		return daemon
@@ -365,7 +368,7 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 
 	s.Set("", nil)
 	daemon := start()
-	next := fmt.Sprintf(`^fx-idle\.pids\.current %d$`, 1795409680+(clock.ticks+1)*60)
+	next := "^" + regexp.QuoteMeta(clock.metric(clock.ticks+1)) + " "
 	if err := s.Await(next, 1, time.Minute); err != nil {
 		t.Errorf("%v\n%s", err, &log)
 	}
@@ -373,17 +376,23 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	if err := daemon.Wait(); err != nil {
 		t.Error(err)
 	}
-	for point := range sure {
-		if _, ok := s.Points()[point]; !ok {
-			t.Errorf("%s is lost (seed %d)\n%s", point, seed, &log)
+	arrived := map[string]bool{}
+	for point := range s.Points() {
+		name, _, _ := strings.Cut(point, " ")
+		arrived[name] = true
+	}
+	for name := range sure {
+		if !arrived[name] {
+			t.Errorf("%s is lost (seed %d)\n%s", name, seed, &log)
 		}
 	}
-	for _, point := range clock.served {
-		sure[point] = true
+	for _, name := range clock.served {
+		sure[name] = true
 	}
-	for point := range s.Points() {
-		if strings.HasPrefix(point, "fx-idle.pids.current ") && !sure[point] && !perhaps[point] {
-			t.Errorf("%s was never sampled", point)
+	for name := range arrived {
+		if strings.HasPrefix(name, "fx-idle.network.tick") &&
+			strings.HasSuffix(name, ".rx_bytes") && !sure[name] && !perhaps[name] {
+			t.Errorf("%s was never sampled", name)
 		}
 	}
 	if left := files(t, dir); len(left) != 0 {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -33,7 +34,8 @@ var defaultDocker = map[bool]string{
 	false: "unix:///var/run/docker.sock",
 }[runtime.GOOS == "windows"]
 
-// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB.
+// maxAnswer bounds any answer, in bytes. A list of 5,000 containers has 8 MB, and inspect can have
+// 2.4 MB: the ids of 35,000 health checks.
 const maxAnswer = 32 << 20
 
 // engine is a Docker engine, or something else that speaks its API. It only gets GET requests.
@@ -49,6 +51,7 @@ type engine struct {
 	oneShot bool        // whether it knows one-shot stats
 	inTicks bool        // whether it is known to answer for stats once a second only
 	podman  bool
+	windows bool // whether it says so at the start
 }
 
 // newEngine prepares for the engine at endpoint: unix:///path, tcp://host:port, http://,
@@ -185,7 +188,7 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 // the engine calls itself, such as "Docker/20.10.24 (linux)".
 // API: #tag/System/operation/SystemPing
 func (e *engine) hello(ctx context.Context) (server string, err error) {
-	header, err := e.get(ctx, "/_ping", new(bytes.Buffer))
+	header, err := e.get(ctx, "/_ping", new(answer))
 	if err != nil {
 		return "", err
 	}
@@ -197,6 +200,7 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
 	}
 	server = header.Get("Server")
+	e.windows = strings.Contains(server, "(windows)")
 	e.inTicks = !e.oneShot || collectsInTicks(server)
 	return server, nil
 }
@@ -232,12 +236,14 @@ func (c *count) UnmarshalJSON(text []byte) error {
 		return nil
 	}
 	n, err := strconv.ParseUint(string(text), 10, 64)
-	if errors.Is(err, strconv.ErrRange) {
-		err = nil // n is the largest there is
+	if err == nil || errors.Is(err, strconv.ErrRange) { // n is the largest there is then
+		*c = counted(n)
+		return nil
 	}
 	*c = count{broken: true}
-	if err == nil {
-		*c = counted(n)
+	f, err := strconv.ParseFloat(string(text), 64) // such as 6.7108864e+07
+	if err == nil && f >= 0 && f < tooLarge && f == math.Trunc(f) {
+		*c = counted(uint64(f))
 	}
 	return nil
 }
@@ -248,10 +254,11 @@ type info struct {
 	NCPU     count
 	MemTotal count // bytes
 	Stopped  count `json:"ContainersStopped"`
+	OSType   string
 }
 
-// info asks the engine about itself. It is the dearest call there is: the engine starts other
-// programs for their versions.
+// info asks the engine about itself. No other call costs it more: it starts other programs for
+// their versions.
 // API: #tag/System/operation/SystemInfo
 func (e *engine) info(ctx context.Context) (i info, err error) {
 	_, err = ask(ctx, e, "/info", &i)
@@ -280,10 +287,10 @@ func (e *engine) list(ctx context.Context, all bool) (list []listed, at time.Tim
 	if all {
 		path += "?all=1"
 	}
-	at = time.Now()
 	header, err := ask(ctx, e, path, &list)
-	if date, err := http.ParseTime(header.Get("Date")); err == nil {
-		at = date
+	at, noDate := http.ParseTime(header.Get("Date"))
+	if noDate != nil {
+		at = time.Now()
 	}
 	return list, at, err
 }
@@ -325,8 +332,11 @@ func (l *listed) state() string {
 
 // runs reports whether a container in a list of all of them is one of those that run.
 func (l *listed) runs() bool {
-	state := l.state()
-	return state == "running" || state == "paused" || state == "restarting"
+	switch l.state() {
+	case "running", "paused", "restarting", "stopping": // the last is Podman's
+		return true
+	}
+	return false
 }
 
 // labels returns the container's labels, nil if they are no object.
@@ -351,8 +361,8 @@ func (l *listed) healthStatus() string {
 }
 
 // cpuLimit returns how many CPUs a container may use, 0 if there is no limit.
-func (now *inspected) cpuLimit() (least float64) {
-	host := &now.HostConfig
+func (i *inspected) cpuLimit() (least float64) {
+	host := &i.HostConfig
 	period := cmp.Or(host.CPUPeriod.n, 100_000) // the kernel's default
 	for _, limit := range [...]float64{
 		float64(host.NanoCpus.n) / 1e9,
@@ -408,10 +418,15 @@ func decodeLoosely[T any](body []byte, into *T) error {
 	*into = *new(T)
 	err := json.Unmarshal(body, into)
 	var kind *json.UnmarshalTypeError
-	if errors.As(err, &kind) && kind.Type != reflect.TypeFor[T]() {
+	switch whole := reflect.TypeFor[T](); {
+	case !errors.As(err, &kind):
+		return err
+	case kind.Type != whole:
 		return nil
+	case whole.Kind() == reflect.Slice:
+		return fmt.Errorf("%s instead of an array", jsonKind(kind))
 	}
-	return err
+	return fmt.Errorf("%s instead of an object", jsonKind(kind))
 }
 
 // event is the part of one of the engine's events that is used.
@@ -424,8 +439,12 @@ type event struct {
 		ID         string
 		Attributes json.RawMessage // an object; the container's labels are among them
 	}
-	TimeNano int64 `json:"timeNano"`
+	Time     int64 `json:"time"`     // Unix seconds
+	TimeNano int64 `json:"timeNano"` // Unix ns, since API 1.22
 }
+
+// at is when it happened, in Unix ns.
+func (one *event) at() int64 { return cmp.Or(one.TimeNano, one.Time*int64(time.Second)) }
 
 // eventKey tells one event from all others.
 type eventKey struct {
@@ -434,14 +453,47 @@ type eventKey struct {
 }
 
 func (one *event) key() eventKey {
-	return eventKey{cmp.Or(one.Actor.ID, one.ID), cmp.Or(one.Action, one.Status), one.TimeNano}
+	return eventKey{cmp.Or(one.Actor.ID, one.ID), cmp.Or(one.Action, one.Status), one.at()}
 }
 
-// failed reports whether a container has ended with an exit code other than 0.
-func (one *event) failed() bool {
-	var attributes map[string]string
+// attributes returns what is told of the container: its name, its image and its labels.
+func (one *event) attributes() (attributes map[string]string) {
 	_ = decodeLoosely(one.Actor.Attributes, &attributes)
-	return cmp.Or(attributes["exitCode"], attributes["containerExitCode"], "0") != "0"
+	return attributes
+}
+
+// eventKind is what an event means here.
+type eventKind int
+
+const (
+	other     eventKind = iota
+	started             // a container
+	updated             // its limits
+	ended               // with exit code 0
+	failed              // ended with another one
+	killed              // a process in it, as memory was short
+	unhealthy           // by its health check
+)
+
+func (one *event) kind() eventKind {
+	switch action := one.key().action; {
+	case one.Type != "" && one.Type != "container":
+	case action == "start":
+		return started
+	case action == "update":
+		return updated
+	case action == "die" || action == "died":
+		attributes := one.attributes()
+		if cmp.Or(attributes["exitCode"], attributes["containerExitCode"], "0") != "0" {
+			return failed
+		}
+		return ended
+	case action == "oom":
+		return killed
+	case strings.HasPrefix(action, "health_status") && strings.HasSuffix(action, "unhealthy"):
+		return unhealthy
+	}
+	return other
 }
 
 // eventFilter asks for what is counted, and for updates. Podman has words of its own.
@@ -450,20 +502,24 @@ const eventFilter = `{"type":["container"],` +
 
 // events returns what happened to containers between two times of the engine's, both included.
 // With until in the past, the engine answers at once, from its memory of the last 256 events. Some
-// Podmans answer nothing then; there, it is what happened up to now.
+// Podmans answer nothing then; there, it is what happened up to now. isOpen reports whether the
+// answer did not end. Docker up to 1.9 reads whole seconds only.
 // API: #tag/System/operation/SystemEvents
-func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, error) {
-	query := url.Values{"since": {unixNano(since)}, "filters": {eventFilter}}
+func (e *engine) events(ctx context.Context, since, until time.Time) (
+	all []event, isOpen bool, err error,
+) {
+	query := url.Values{"since": {unixSeconds(since)}, "filters": {eventFilter}}
 	if e.podman {
 		query.Set("stream", "false")
 	} else {
-		query.Set("until", unixNano(until))
+		query.Set("until", unixSeconds(until))
 	}
-	var body bytes.Buffer
-	if _, err := e.get(ctx, "/events?"+query.Encode(), &body); err != nil {
-		return nil, err
+	stream := answer{isStream: true}
+	if _, err := e.get(ctx, "/events?"+query.Encode(), &stream); err != nil {
+		return nil, false, err
 	}
-	return decodeEvents(body.Bytes())
+	all, err = decodeEvents(stream.text)
+	return all, stream.isOpen, err
 }
 
 // decodeEvents reads events, one JSON object after the other. What is of a wrong type costs itself.
@@ -481,8 +537,7 @@ func decodeEvents(body []byte) (all []event, err error) {
 	}
 }
 
-// unixNano is t in Unix seconds with a fraction, as the engine reads it.
-func unixNano(t time.Time) string { return fmt.Sprintf("%d.%09d", t.Unix(), t.Nanosecond()) }
+func unixSeconds(t time.Time) string { return strconv.FormatInt(t.Unix(), 10) }
 
 // origin says what of an engine makes a difference for the meaning of its answers.
 type origin struct {
@@ -495,7 +550,7 @@ type origin struct {
 // else the engine takes two samples, a second apart, for a percentage that is not used here.
 // go-dockerclient's own Stats has no one-shot, so this uses its HTTP client only.
 // API: #tag/Container/operation/ContainerStats
-func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
+func (e *engine) stats(ctx context.Context, id string, body *answer) (
 	from origin, err error,
 ) {
 	query := "stream=false"
@@ -503,20 +558,20 @@ func (e *engine) stats(ctx context.Context, id string, body *bytes.Buffer) (
 		query += "&one-shot=true"
 	}
 	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
-	// The body has os_type only since API 1.52.
-	from.windows = header.Get("Ostype") == "windows"
+	// The body has os_type only since API 1.52, and proxies leave headers out.
+	from.windows = header.Get("Ostype") == "windows" || e.windows
 	from.podman = header.Get("Libpod-Api-Version") != ""
 	return from, err
 }
 
 // ask gets a path of the API and decodes the answer. It returns the answer's header.
-func ask[T any](ctx context.Context, e *engine, path string, answer *T) (http.Header, error) {
-	var body bytes.Buffer
+func ask[T any](ctx context.Context, e *engine, path string, into *T) (http.Header, error) {
+	var body answer
 	header, err := e.get(ctx, path, &body)
 	if err != nil {
 		return nil, err
 	}
-	if err := decodeLoosely(body.Bytes(), answer); err != nil {
+	if err := decodeLoosely(body.text, into); err != nil {
 		return nil, fmt.Errorf("the answer is not what was asked for: %w", err)
 	}
 	return header, nil
@@ -524,8 +579,8 @@ func ask[T any](ctx context.Context, e *engine, path string, answer *T) (http.He
 
 // get asks for a path of the API that go-dockerclient has no fitting call for, and reads the
 // answer into body. Its errors are *apiError, noAnswer, that of a connection, or of an answer that
-// breaks off.
-func (e *engine) get(ctx context.Context, path string, body *bytes.Buffer) (http.Header, error) {
+// breaks off or has no end.
+func (e *engine) get(ctx context.Context, path string, body *answer) (http.Header, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout, noAnswer(e.timeout))
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, e.base+path, nil)
@@ -540,15 +595,8 @@ func (e *engine) get(ctx context.Context, path string, body *bytes.Buffer) (http
 	if resp.StatusCode/100 != 2 {
 		return nil, newAPIError(resp, path)
 	}
-	_, err = body.ReadFrom(resp.Body)
-	var long *http.MaxBytesError
-	switch {
-	case errors.As(err, &long):
-		return nil, fmt.Errorf("the answer has over %d bytes", long.Limit)
-	case err != nil && ctx.Err() != nil:
-		return nil, context.Cause(ctx)
-	case err != nil:
-		return nil, fmt.Errorf("the answer broke off: %w", err)
+	if err := body.read(resp.Body, cancel); err != nil {
+		return nil, cmp.Or(context.Cause(ctx), err)
 	}
 	if api := resp.Header.Get("Api-Version"); api != e.api && api != "" {
 		e.changed.Store(true)
@@ -602,6 +650,9 @@ func isRefusal(err error) bool {
 var (
 	// errStopped says that a container stopped between the list and the stats call.
 	errStopped = errors.New("it stopped while it was asked")
+	// errUnknown is errStopped at the second poll in a row.
+	errUnknown = errors.New("the engine's list has it, poll after poll, but the engine does not " +
+		"know it or says that it stopped")
 	// errRestarting says that a container waits to be started again by its restart policy.
 	errRestarting = errors.New("it waits to be restarted")
 	// errNoTime is the error of an answer such as {"message":"no metrics received"}: Docker 26 says
@@ -644,6 +695,10 @@ func engineHint(err error) string {
 		return "; add this user to the group that owns the socket: usermod -aG docker USER"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused),
 		says("refused"), says("no such host"):
+		if name, endpoint := dockerContext(); endpoint != "" && errors.Is(err, fs.ErrNotExist) {
+			return fmt.Sprintf("; the Docker context %q has another engine: --docker=%s",
+				fit(name, maxForeign), fit(endpoint, maxForeign))
+		}
 		return "; is Docker running, and is --docker its address?"
 	case lacksTLS(err):
 		return "; the engine does not speak TLS there: use http:// or unset DOCKER_TLS_VERIFY"

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -26,7 +25,7 @@ import (
 // noDockerEnv makes the environment one in which nobody has set up the docker command.
 func noDockerEnv(t *testing.T) {
 	for _, name := range []string{"DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH",
-		"DOCKER_CONFIG"} {
+		"DOCKER_CONFIG", "DOCKER_CONTEXT"} {
 		t.Setenv(name, "")
 	}
 }
@@ -218,7 +217,7 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 			true},
 	} {
 		r.On("/containers/fx-idle/stats", test.answer)
-		_, err := e.stats(t.Context(), id, new(bytes.Buffer))
+		_, err := e.stats(t.Context(), id, new(answer))
 		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) ||
 			isConnectionError(err) != test.connect {
 			t.Errorf("a container that %s: %v", test.why, err)
@@ -329,9 +328,9 @@ func FuzzList(f *testing.F) {
 
 func FuzzInspect(f *testing.F) {
 	fuzzDecoding(f, "inspect-idle.json", func(body []byte) {
-		var now inspected
-		if decodeLoosely(body, &now) == nil {
-			now.cpuLimit()
+		var seen inspected
+		if decodeLoosely(body, &seen) == nil {
+			seen.cpuLimit()
 		}
 	})
 }
@@ -358,11 +357,11 @@ func TestCPULimit(t *testing.T) {
 		{`{"CpusetCpus":"0-","NanoCpus":2000000000}`, "2"},
 		{`{"CpusetCpus":"3-1"}`, ""},
 	} {
-		var now inspected
-		err := decodeLoosely([]byte(`{"HostConfig":`+test.host+`}`), &now)
+		var seen inspected
+		err := decodeLoosely([]byte(`{"HostConfig":`+test.host+`}`), &seen)
 		harness.Must(t, err)
 		got := ""
-		if limit := now.cpuLimit(); limit > 0 {
+		if limit := seen.cpuLimit(); limit > 0 {
 			v, _ := decimal(limit)
 			got = string(v.append(nil))
 		}

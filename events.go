@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"strings"
 	"time"
 )
 
@@ -13,10 +12,10 @@ import (
 type events struct {
 	log *slog.Logger
 
-	started, ended, failed, killed, unhealthy count // not sent where events are refused
+	started, ended, failed, killed, unhealthy count // not sent before the first answer
 
-	until time.Time         // up to when the engine was asked, by its clock; zero: never
-	seen  map[eventKey]bool // those of the last answer
+	until time.Time         // up to when they are counted, by the engine's clock; zero: never
+	heard map[eventKey]bool // those of the last answer
 	news  news
 }
 
@@ -28,9 +27,12 @@ const (
 	maxPast = time.Hour
 )
 
-// poll asks for what happened from the last time until now, by the engine's clock. It returns the
-// ids of containers that are not as they were: started, or given other limits.
-func (es *events) poll(ctx context.Context, e *engine, now time.Time) (changed []string) {
+// isKnown reports whether the engine tells events.
+func (es *events) isKnown() bool { return es.started.sent }
+
+// poll asks for what happened from the last time until now, by the engine's clock, and returns what
+// is new. The first answer only tells that the engine has answers.
+func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []event) {
 	first, since := es.until.IsZero(), es.until
 	switch earliest := now.Add(-maxPast); {
 	case first || since.After(now): // the engine's clock was set back
@@ -41,56 +43,56 @@ func (es *events) poll(ctx context.Context, e *engine, now time.Time) (changed [
 	// Nothing is worth waiting for: what does not come now comes with the next poll.
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout/4, noAnswer(e.timeout/4))
 	defer cancel()
-	all, err := e.events(ctx, since.Add(-overlap), now)
-	es.report(err)
+	all, isOpen, err := e.events(ctx, since.Add(-overlap), now)
+	es.report(isOpen, err)
 	switch {
 	case isRefusal(err):
 		*es = events{log: es.log, news: es.news}
 		return nil
-	case first: // what was before is not counted, but zeros are sent from the beginning
+	case err != nil, isOpen && len(all) == 0 && !first: // it may just have been too slow
+		return nil
+	case first:
 		zero := counted(0)
 		es.started, es.ended, es.failed, es.killed, es.unhealthy = zero, zero, zero, zero, zero
 	}
-	if err != nil && !first {
-		return nil
-	}
-	seen := make(map[eventKey]bool, len(all))
+	heard := make(map[eventKey]bool, len(all))
 	for i := range all {
 		key := all[i].key()
-		if isNew := !first && !es.seen[key] && !seen[key]; isNew && es.count(&all[i]) {
-			changed = append(changed, key.id)
+		if !first && !es.heard[key] && !heard[key] {
+			es.count(&all[i])
+			fresh = append(fresh, all[i])
 		}
-		seen[key] = true
+		heard[key] = true
 	}
-	es.until, es.seen = now, seen
-	return changed
+	es.until, es.heard = now, heard
+	if last := len(all) - 1; isOpen && last >= 0 { // more may have been on its way
+		es.until = time.Unix(0, all[last].at())
+	}
+	return fresh
 }
 
-// count counts an event. It reports whether its container is not as it was.
-func (es *events) count(one *event) (changed bool) {
-	switch action := one.key().action; {
-	case one.Type != "" && one.Type != "container":
-	case action == "start":
+func (es *events) count(one *event) {
+	switch one.kind() {
+	case started:
 		es.started.n++
-		return true
-	case action == "update":
-		return true
-	case action == "die" || action == "died":
+	case ended:
 		es.ended.n++
-		if one.failed() {
-			es.failed.n++
-		}
-	case action == "oom":
+	case failed:
+		es.ended.n++
+		es.failed.n++
+	case killed:
 		es.killed.n++
-	case strings.HasPrefix(action, "health_status") && strings.HasSuffix(action, "unhealthy"):
+	case unhealthy:
 		es.unhealthy.n++
 	}
-	return false
 }
 
-// report logs why there are no events, if that is news.
-func (es *events) report(err error) {
+// report logs why there are no events, or why they take time, if that is news.
+func (es *events) report(isOpen bool, err error) {
 	text := errorText(err)
+	if isOpen {
+		text = "open"
+	}
 	if errors.Is(err, context.Canceled) || !es.news.isNew(text) {
 		return
 	}
@@ -101,6 +103,9 @@ func (es *events) report(err error) {
 	case err != nil:
 		es.log.Warn("Docker engine does not answer /events, retrying at the next poll",
 			"error", text)
+	case isOpen:
+		es.log.Info("Docker engine keeps /events open after its answer, closing it at each poll",
+			"after", linger)
 	}
 }
 

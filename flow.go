@@ -22,16 +22,19 @@ const (
 type flow struct {
 	limit   int  // fixed number of calls, 0 to find it out
 	inTicks bool // whether the engine is known to answer once a second only: begin with all
+	most    int  // that were not too many, 0 if it is not known
+	peak    int  // that were in flight the last time
 }
 
 // run calls do with 0 to n-1, each in its own goroutine, and returns when all are done.
 func (f *flow) run(n int, do func(i int)) {
-	most := cmp.Or(f.limit, maxInFlight)
+	most := cmp.Or(f.limit, f.most, maxInFlight)
 	allowed := min(fewInFlight, most)
 	if f.limit > 0 || f.inTicks {
 		allowed = most
 	}
 	answers, inFlight := make(chan struct{}, n), 0
+	f.peak = 0
 	for i := range n {
 		for inFlight >= allowed {
 			select {
@@ -42,6 +45,7 @@ func (f *flow) run(n int, do func(i int)) {
 			}
 		}
 		inFlight++
+		f.peak = max(f.peak, inFlight)
 		go func() {
 			do(i)
 			answers <- struct{}{}
@@ -49,5 +53,16 @@ func (f *flow) run(n int, do func(i int)) {
 	}
 	for range inFlight {
 		<-answers
+	}
+}
+
+// adapt takes note of whether the calls of the last run were too many for the engine. Then at most
+// half as many are in flight the next time, and one more each time after that.
+func (f *flow) adapt(tooMany bool) {
+	switch {
+	case tooMany:
+		f.most = max(f.peak/2, 1)
+	case f.most > 0:
+		f.most = min(f.most+1, maxInFlight)
 	}
 }

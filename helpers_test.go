@@ -35,8 +35,8 @@ func (m metric) name() string { return m.path + m.own }
 
 // flattened returns the metrics of s, as those of c.
 func flattened(s *stats, from origin, per details) []metric {
-	var f flattener
-	s.flatten(&f, "c", from, per)
+	f := flattener{path: "c", at: 1795409680}
+	s.flatten(&f, from, per)
 	return f.metrics
 }
 

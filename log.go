@@ -2,11 +2,9 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -26,7 +24,7 @@ func newLogger(w io.Writer, level slog.Level) *slog.Logger {
 		return fitAttr(a)
 	}
 	handler := slog.NewTextHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: replace})
-	return slog.New(bounded{handler, new(said)})
+	return slog.New(handler)
 }
 
 // fitAttr hides secrets in a, and bounds it: whatever others say, a line of the log is short.
@@ -141,52 +139,4 @@ func (n *news) isAllowed(text string) bool {
 	n.said, n.at = text, now
 	n.lines++
 	return true
-}
-
-// maxLines is how many lines with the same message are logged in an hour: very many containers, or
-// files, can have the same trouble.
-const maxLines = 200
-
-// bounded is a handler that bounds the log, but for what --verbose adds.
-type bounded struct {
-	slog.Handler
-	said *said
-}
-
-// said counts lines by their message.
-type said struct {
-	mu    sync.Mutex
-	since time.Time // when the hour began
-	lines map[string]int
-}
-
-func (s *said) count(r slog.Record) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if r.Time.Sub(s.since) >= time.Hour {
-		s.since, s.lines = r.Time, map[string]int{}
-	}
-	s.lines[r.Message]++
-	return s.lines[r.Message]
-}
-
-func (b bounded) Handle(ctx context.Context, r slog.Record) error {
-	if r.Level >= slog.LevelInfo {
-		switch n := b.said.count(r); {
-		case n > maxLines:
-			return nil
-		case n == maxLines:
-			r = r.Clone()
-			r.AddAttrs(slog.String("more", "left out for an hour"))
-		}
-	}
-	return b.Handler.Handle(ctx, r)
-}
-
-func (b bounded) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return bounded{b.Handler.WithAttrs(attrs), b.said}
-}
-
-func (b bounded) WithGroup(name string) slog.Handler {
-	return bounded{b.Handler.WithGroup(name), b.said}
 }

@@ -1,10 +1,8 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -156,7 +154,7 @@ func TestTheLogCountsWhatFails(t *testing.T) {
 			}
 			return 0, err
 		})
-		for range 2 * maxLines {
+		for range 400 {
 			fmt.Fprintln(w, "first")
 			synctest.Wait()
 		}
@@ -218,28 +216,4 @@ func TestComplaintsOfNetHTTPAreLogged(t *testing.T) {
 			}
 		}
 	}
-}
-
-// Very many containers or files with the same trouble do not fill the log, nor hide another line.
-func TestTheSameMessageIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var out bytes.Buffer
-		logger := newLogger(&out, slog.LevelDebug)
-		for hour := range 2 {
-			for i := range 3 * maxLines {
-				logger.With("to", i%7).Error("container cannot be read", "container", i)
-				logger.Debug("polled")
-			}
-			logger.Info("container can be read again")
-			text := out.String()
-			out.Reset()
-			if strings.Count(text, `msg="container cannot be read"`) != maxLines ||
-				strings.Count(text, "again") != 1 ||
-				strings.Count(text, "polled") != 3*maxLines ||
-				strings.Count(text, `more="left out for an hour"`) != 1 {
-				t.Errorf("hour %d:\n%s", hour, text)
-			}
-			time.Sleep(time.Hour)
-		}
-	})
 }

@@ -87,6 +87,7 @@ func run(opts *options, log *slog.Logger) error {
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfVariables(log)
+	warnOfContext(opts.engine, log)
 	if opts.check {
 		return checkNames(polling, release, opts, log)
 	}
@@ -181,15 +182,14 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 
 // sweep polls all containers and queues their metrics.
 func (p *pipeline) sweep(ctx context.Context) sweepResult {
-	start := time.Now()
 	result := p.collector.sweep(ctx)
 	if host := p.collector.hostName(); host != "" && len(result.metrics) > 0 {
-		result.metrics = append(result.metrics, p.queue.own(host, start)...)
+		result.metrics = append(result.metrics, p.queue.own(host, result.start)...)
 	}
 	if len(result.metrics) > 0 {
 		p.queue.put(result.metrics)
 	}
-	took := time.Since(start)
+	took := time.Since(result.start)
 	p.service.hasSwept(result, took)
 	p.log.Debug("polled", "running", result.running, "failed", result.failed,
 		"metrics", len(result.metrics), "took", took.Round(time.Millisecond))

@@ -117,7 +117,7 @@ func decode(body []byte) ([]metric, error) {
 	}
 	err := json.Unmarshal(body, &items)
 	if kind, ok := err.(*json.UnmarshalTypeError); ok { // its text is about this code
-		err = fmt.Errorf("%.50s in the wrong place: %s", kind.Value, kind.Field)
+		err = fmt.Errorf("%s in the wrong place: %s", jsonKind(kind), kind.Field)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("not metrics in JSON: %w", err)

@@ -192,7 +192,7 @@ func parseOptions(args []string) (*options, error) {
 // parse finds the value of the option and sets it.
 func (opt *option) parse(flags map[string]string) error {
 	text, from, err := opt.lookUp(flags)
-	if err != nil || text == "" {
+	if text = strings.TrimSpace(text); err != nil || text == "" { // files have ends of lines
 		return err
 	}
 	if opt.address {
@@ -252,7 +252,7 @@ func parseFlags(table []option, args []string) (map[string]string, error) {
 		text, isGiven := given[opt.name]
 		switch {
 		case !isGiven || opt.value == "":
-		case text == "":
+		case strings.TrimSpace(text) == "":
 			return nil, fmt.Errorf("--%s is empty: give it a value, "+
 				"or leave it out for the default; see --help", opt.name)
 		case strings.HasPrefix(text, "--"): // the next option, taken for the value
@@ -278,7 +278,8 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 		return text, from, nil
 	}
 	variable := opt.variable()
-	text, path := os.Getenv(variable), os.Getenv(variable+"_FILE")
+	text = strings.TrimSpace(os.Getenv(variable))
+	path := strings.TrimSpace(os.Getenv(variable + "_FILE"))
 	switch {
 	case text != "" && path != "":
 		return "", "", fmt.Errorf("%s and %[1]s_FILE are both set: unset one of them", variable)

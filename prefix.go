@@ -86,8 +86,8 @@ func (rs rules) categories() []string {
 // text returns what the regexp sees of s. ok is false if s lacks the label.
 func (r *rule) text(s subject) (text string, ok bool) {
 	switch r.from {
-	case "image":
-		return s.image, true
+	case "image": // one that is only an id has no name
+		return s.image, s.image != "" && !imageID.MatchString(s.image)
 	case "id":
 		return s.id, true
 	case "name":

@@ -12,8 +12,7 @@ import (
 // stats is the part of a stats answer that is used: see engine.stats.
 type stats struct {
 	Read     *time.Time         `json:"read"`
-	OSType   string             `json:"os_type"`   // since API 1.52
-	NumProcs count              `json:"num_procs"` // CPUs, Windows only
+	OSType   string             `json:"os_type"` // since API 1.52
 	CPU      cpuStats           `json:"cpu_stats"`
 	Memory   memoryStats        `json:"memory_stats"`
 	Networks map[string]network `json:"networks"`
@@ -116,13 +115,11 @@ func decodeStats(body []byte) (*stats, error) {
 	err := decodeLoosely(body, &s)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("its stats answer is not JSON: %w", err)
+		return nil, fmt.Errorf("its stats answer is not what was asked for: %w", err)
 	case s.Read == nil:
 		return nil, errNoTime
 	case s.Read.IsZero():
 		return nil, errStopped
-	case s.Read.Unix() <= 0:
-		return nil, fmt.Errorf("its stats answer is of %s", s.Read)
 	}
 	return &s, nil
 }
@@ -149,9 +146,8 @@ func parseDetails(list string) (per details, err error) {
 	return per, nil
 }
 
-// flatten adds the metrics of s to f, under path. What is absent is not sent: it is not 0.
-func (s *stats) flatten(f *flattener, path string, from origin, per details) {
-	f.path, f.at = path, s.Read.Unix()
+// flatten adds the metrics of s to f. What is absent is not sent: it is not 0.
+func (s *stats) flatten(f *flattener, from origin, per details) {
 	from = s.origin(from)
 	f.cpu(&s.CPU, from, per.core)
 	f.memory(&s.Memory, from)
@@ -404,54 +400,32 @@ func sumOf(entries []blkioEntry, op string) count {
 // cpuSample is kept until a container's next sample, to make a percentage of the two.
 type cpuSample struct {
 	startedAt time.Time // the container
-	read      time.Time
-	total     uint64 // ns; Windows: 100 ns
-	system    uint64 // ns, 0 if it is not known
-	from      origin
+	read      time.Time // by the engine's clock
+	total     uint64    // ns; Windows: 100 ns
+	unit      float64   // of total, in ns
 }
 
 // cpuSample returns nil if the engine sent no CPU time.
 func (s *stats) cpuSample(startedAt time.Time, from origin) *cpuSample {
-	total, system := s.CPU.Usage.Total, s.CPU.System
+	total, unit := s.CPU.Usage.Total, 1.0
 	if !total.sent {
 		return nil
 	}
-	if !system.sent {
-		system.n = 0
+	if s.origin(from).windows {
+		unit = 100
 	}
-	from = s.origin(from)
-	if from.windows && s.NumProcs.sent {
-		from.cpus = s.NumProcs.n
-	}
-	return &cpuSample{startedAt, *s.Read, total.n, system.n, from}
+	return &cpuSample{startedAt, *s.Read, total.n, unit}
 }
 
-// percentSince returns how much CPU the container used since an earlier sample, by the formula of
-// `docker stats`: 100 is one full CPU, on Windows all of them. ok is false after a restart, if a
-// clock did not go forward, or if something is not known.
-// https://github.com/docker/cli/blob/master/cli/command/container/stats_helpers.go
-func (now *cpuSample) percentSince(before *cpuSample) (percent float64, ok bool) {
-	if before == nil || now == nil || !now.startedAt.Equal(before.startedAt) {
+// percentSince returns how much CPU the container used since an earlier sample: 100 is one full
+// CPU. ok is false after a restart, or if a clock did not go forward.
+func (s *cpuSample) percentSince(before *cpuSample) (percent float64, ok bool) {
+	if before == nil || s == nil || !s.startedAt.Equal(before.startedAt) ||
+		s.total < before.total || !s.read.After(before.read) {
 		return 0, false
 	}
-	if now.total < before.total || !now.read.After(before.read) {
-		return 0, false
-	}
-	used := float64(now.total - before.total)
-	elapsed := float64(now.read.Sub(before.read)) // ns
-	cpus := float64(now.from.cpus)
-	switch {
-	case now.from.podman:
-		// Its system_cpu_usage is what all CPUs were used, not what they could give.
-		return used / elapsed * 100, true
-	case cpus == 0:
-		return 0, false
-	case now.from.windows:
-		return used / (elapsed / 100 * cpus) * 100, true
-	case before.system > 0 && now.system > before.system:
-		return used / float64(now.system-before.system) * cpus * 100, true
-	}
-	return 0, false
+	used, elapsed := float64(s.total-before.total)*s.unit, float64(s.read.Sub(before.read))
+	return used / elapsed * 100, true
 }
 
 func sum(a, b count) count {

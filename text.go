@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"html"
@@ -206,6 +207,18 @@ func unescape(text string) string {
 		text = printable(text)
 	}
 	return text
+}
+
+// jsonKind names what err found, in JSON's words.
+func jsonKind(err *json.UnmarshalTypeError) string {
+	switch word, _, _ := strings.Cut(err.Value, " "); word {
+	case "array", "object":
+		return "an " + word
+	case "bool":
+		return "true or false"
+	default:
+		return "a " + word
+	}
 }
 
 // withoutUser returns u without the parts that may be secret.

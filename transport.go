@@ -1,14 +1,26 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
 
-// maxHeader bounds the header of an answer, in bytes.
-const maxHeader = 64 << 10
+const (
+	// maxHeader bounds the header of an answer, in bytes.
+	maxHeader = 64 << 10
+	// maxEntries bounds a list, in containers or events: one of 32 MiB could have 10 million.
+	maxEntries = 50_000
+	// linger is how long an answer that is whole is waited for to end, so that its connection can be
+	// used again.
+	linger = 250 * time.Millisecond
+)
 
 // transport holds the connections to the engine or to Backstop. Whatever the other side sends, a
 // call ends with its context, and costs little memory. Redirects are not followed.
@@ -40,6 +52,81 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	resp.Body = http.MaxBytesReader(nil, resp.Body, t.most)
 	return resp, nil
+}
+
+// answer is JSON as it comes: a value or, if isStream, values one after the other. Some engines and
+// proxies keep the connection open after what was asked for. So an answer is over when it has ended
+// or, if it is whole, after linger.
+type answer struct {
+	text     []byte
+	isStream bool
+	isOpen   bool // whether it was whole, but had not ended
+
+	whole    int // bytes up to the end of the last whole value
+	depth    int // of objects and arrays
+	inString bool
+	escaped  bool
+	entries  int // of the outermost array or object, or of the stream
+}
+
+// read reads the answer from r. cancel ends a Read.
+func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
+	var late *time.Timer
+	for {
+		if late == nil && (a.isStream || a.whole > 0) {
+			late = time.AfterFunc(linger, cancel)
+			defer late.Stop()
+		}
+		a.text = slices.Grow(a.text, 512)
+		n, err := r.Read(a.text[len(a.text):cap(a.text)])
+		a.scan(n)
+		if a.isStream && n > 0 {
+			late.Reset(linger)
+		}
+		var long *http.MaxBytesError
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case a.entries > maxEntries:
+			return fmt.Errorf("the answer has over %d entries", maxEntries)
+		case errors.As(err, &long) && (a.isStream || a.whole == 0):
+			return fmt.Errorf("the answer has over %d MiB", long.Limit>>20)
+		case err != nil && late != nil:
+			a.text, a.isOpen = a.text[:a.whole], true
+			return nil
+		case err != nil:
+			return fmt.Errorf("the answer broke off: %w", err)
+		}
+	}
+}
+
+// scan looks at n bytes more. What follows a value that was asked for is left out.
+func (a *answer) scan(n int) {
+	start := len(a.text)
+	a.text = a.text[:start+n]
+	for i, c := range a.text[start:] {
+		switch {
+		case a.escaped:
+			a.escaped = false
+		case a.inString:
+			a.escaped, a.inString = c == '\\', c != '"'
+		case c == '"':
+			a.inString = true
+		case c == '{' || c == '[':
+			a.depth++
+		case c == '}' || c == ']':
+			if a.depth--; a.depth > 0 || !a.isStream && a.whole > 0 {
+				continue
+			}
+			a.whole = start + i + 1
+			a.entries++
+		case c == ',' && a.depth == 1 && !a.isStream:
+			a.entries++
+		}
+	}
+	if !a.isStream && a.whole > 0 {
+		a.text = a.text[:a.whole]
+	}
 }
 
 // lacksTLS reports whether err says that the other side does not speak TLS.

@@ -117,7 +117,7 @@ func TestEngineCallsEnd(t *testing.T) {
 		{"an endless status line", endless("HTTP/1.1 200 ", strings.Repeat("O", 1000)), "exceeded"},
 		{"an endless header", endless(ok, "A: "+strings.Repeat("b", 1000)+"\r\n"), "exceeded"},
 		{"early hints without an end", endless("", "HTTP/1.1 103 Early Hints\r\n\r\n"), ""},
-		{"a body that stops", answers(ok + "Content-Length: 9\r\n\r\n[]"), "no answer within"},
+		{"a body that stops", answers(ok + "Content-Length: 9\r\n\r\n["), "no answer within"},
 		{"a body without an end", endless(ok+"\r\n", strings.Repeat(" ", 1000)),
 			"the answer has over"},
 		{"an error without an end", endless("HTTP/1.1 500 No\r\n\r\n", "no "), "API error (500)"},
@@ -131,7 +131,7 @@ func TestEngineCallsEnd(t *testing.T) {
 			harness.Must(t, err)
 			for _, path := range []string{"/containers/json", "/containers/x/stats"} {
 				start := time.Now()
-				_, err := e.get(t.Context(), path, new(bytes.Buffer))
+				_, err := e.get(t.Context(), path, new(answer))
 				if test.why == "packed" || test.why == "deep" {
 					continue // it is not JSON, but that shows later
 				}
@@ -340,7 +340,7 @@ func FuzzEngineHTTP(f *testing.F) {
 			}
 		}
 		table, _, _ := check(t.Context(), c)
-		c.hear(c.engine.timeout) // what it began to ask
+		c.takeInfo(c.engine.timeout) // what it began to ask
 		for line := range strings.Lines(log.Take() + table) {
 			if strings.ContainsFunc(strings.TrimSuffix(line, "\n"), unicode.IsControl) {
 				t.Errorf("the line %q", line)

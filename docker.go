@@ -1,0 +1,57 @@
+package main
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+)
+
+// dockerContext returns the name of the docker command's context and the engine's address in it,
+// without a user; "" if there is none, or it is not known.
+// https://docs.docker.com/engine/manage-resources/contexts/
+func dockerContext() (name, endpoint string) {
+	home, _ := os.UserHomeDir()
+	dir := cmp.Or(os.Getenv("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
+	read := func(into any, path ...string) {
+		if text, err := readText(filepath.Join(append([]string{dir}, path...)...)); err == nil {
+			_ = json.Unmarshal([]byte(text), into)
+		}
+	}
+	if name = os.Getenv("DOCKER_CONTEXT"); name == "" {
+		var config struct{ CurrentContext string }
+		read(&config, "config.json")
+		name = config.CurrentContext
+	}
+	if name == "" || name == "default" {
+		return "", ""
+	}
+	var meta struct {
+		Endpoints struct{ Docker struct{ Host string } }
+	}
+	sum := sha256.Sum256([]byte(name))
+	read(&meta, "contexts", "meta", hex.EncodeToString(sum[:]), "meta.json")
+	u, err := url.Parse(meta.Endpoints.Docker.Host)
+	if err != nil || u.Scheme == "" {
+		return name, ""
+	}
+	return name, withoutUser(u)
+}
+
+// isAt reports whether e is the engine at endpoint.
+func (e *engine) isAt(endpoint string) bool {
+	u, _, err := parseEndpoint(endpoint)
+	return err == nil && withoutUser(u) == e.shown
+}
+
+// warnOfContext logs that the docker command of this user shows the containers of another engine.
+func warnOfContext(e *engine, log *slog.Logger) {
+	if name, endpoint := dockerContext(); endpoint != "" && !e.isAt(endpoint) {
+		log.Warn("the Docker context names another engine than the one that is asked",
+			"context", name, "docker", e, "set", "--docker="+endpoint)
+	}
+}
