@@ -38,7 +38,16 @@ type queue struct {
 	closed   chan struct{} // closed when nothing more is put
 	kept     chan struct{} // closed when keep has ended
 
-	figures struct{ sent, retried, dropped uint64 } // metrics since the start
+	figures figures
+}
+
+// figures are numbers of metrics since the start.
+type figures struct {
+	sent, retried, dropped uint64
+
+	untold uint64 // dropped as there was no room, and not in the log yet
+	since  int64  // the oldest time of these, in Unix seconds
+	news   news   // of that
 }
 
 // disk is what the queue knows of the spool.
@@ -100,19 +109,24 @@ func (q *queue) put(metrics []metric) {
 // bound drops the oldest batches until the rest fits. It is called with mu held, as all that
 // follows and does not lock.
 func (q *queue) bound() {
-	lost := q.line.cut(q.limit)
+	lost, f := q.line.cut(q.limit), &q.figures
 	if len(lost) == 0 {
 		return
 	}
-	metrics := 0
+	if f.untold == 0 {
+		f.since = lost[0].oldest
+	}
 	for _, b := range lost {
-		metrics += b.count
+		f.dropped += uint64(b.count)
+		f.untold += uint64(b.count)
 		q.discard(b)
 	}
-	q.figures.dropped += uint64(metrics)
-	q.log.Error("no room for more metrics, dropping the oldest", "metrics", metrics,
-		"from", inUTC(lost[0].oldest), "until", inUTC(lost[len(lost)-1].oldest),
-		"limit", units.BytesSize(float64(q.limit)))
+	if f.news.isAllowed("no room") {
+		q.log.Error("no room for more metrics, dropping the oldest", "metrics", f.untold,
+			"from", inUTC(f.since), "until", inUTC(lost[len(lost)-1].oldest),
+			"limit", units.BytesSize(float64(q.limit)))
+		f.untold = 0
+	}
 }
 
 // discard has the file of b removed, which may make room for others.
