@@ -289,7 +289,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	await := func() {
 		t.Helper()
 		for _, pattern := range all {
-			if err := s.Await(pattern, 1, time.Minute); err != nil {
+			if err := s.Await(pattern, 1, 3*time.Minute); err != nil { // of a poll a minute
 				t.Fatalf("%v\n%s", err, logs())
 			}
 		}
@@ -298,7 +298,8 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	if len(try) != 1 {
 		t.Fatalf("the README tries %q", try)
 	}
-	tried := command(t, e, strings.Replace(try[0], " "+harness.Program+" ", " "+image+" ", 1))
+	only := " '" + e.Only(t) + "'"
+	tried := command(t, e, strings.Replace(try[0], " "+harness.Program+" ", " "+image+" ", 1)+only)
 	if !strings.Contains(tried, ".metrics.sampled ") {
 		t.Errorf("%s prints\n%s", try[0], tried)
 	}
@@ -308,7 +309,7 @@ func testContainer(t *testing.T, e *harness.Engine, image string, a *authority) 
 	exec := "docker exec docker-stats-to-backstop"
 	check := strings.Replace(documented(t, "docs/names.md", "## See what rules do", exec), exec,
 		"docker exec "+container, 1)
-	names := command(t, e, strings.Split(strings.TrimSpace(check), "\n")[0])
+	names := command(t, e, strings.Split(strings.TrimSpace(check), "\n")[0]+only)
 	if !strings.Contains(names, container) {
 		t.Errorf("%s prints\n%s", check, names)
 	}
@@ -441,7 +442,7 @@ func testSwarm(t *testing.T, usual *harness.Engine, image string) {
 	host := command(t, e, "docker node ls --format '{{.Hostname}}'")
 	for _, name := range []string{"metrics.sampled", "web.1.cpu.total", "agent.cpu.total",
 		"metrics_docker-stats-to-backstop.cpu.total"} {
-		if err := s.Await(`^`+regexp.QuoteMeta(node(host)+"."+name)+" ", 1, 2*time.Minute); err != nil {
+		if err := s.Await(`^`+regexp.QuoteMeta(node(host)+"."+name)+" ", 1, 3*time.Minute); err != nil {
 			log, _ := tryCommand(t, e,
 				"docker service ps --no-trunc metrics_docker-stats-to-backstop; docker service logs --raw "+
 					"metrics_docker-stats-to-backstop")

@@ -3,7 +3,6 @@
 package deploy_test
 
 import (
-	"bytes"
 	"fmt"
 	"net"
 	"os"
@@ -51,17 +50,11 @@ func TestSystemdIsTold(t *testing.T) {
 
 	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))
-	var out bytes.Buffer
-	daemon := exec.Command(harness.Program, "--docker="+engine.URL,
+	daemon := harness.NewDaemon(t, "--docker="+engine.URL,
 		"--backstop="+s.URL+"/publish/docker", "--poll=1s")
 	daemon.Env = append(os.Environ(), "NOTIFY_SOCKET="+socket.LocalAddr().String(),
 		"WATCHDOG_USEC=2000000")
-	daemon.Stderr = &out
-	if err := daemon.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- daemon.Wait() }()
+	harness.Must(t, daemon.Start())
 	until("WATCHDOG_USEC=3000000") // three polls, as that is more
 	until("READY=1")
 	until("WATCHDOG=1")
@@ -72,13 +65,8 @@ func TestSystemdIsTold(t *testing.T) {
 	until("WATCHDOG=1")
 	engine.On("/containers/json", harness.Hang)
 	until(`STATUS=last poll: no answer within 900ms; queue: empty`)
-	if err := daemon.Process.Signal(os.Interrupt); err != nil {
-		t.Fatal(err)
-	}
+	daemon.End()
 	until("STOPPING=1")
-	if err := <-ended; err != nil {
-		t.Errorf("%v\n%s", err, out.String())
-	}
 }
 
 func TestUnitHasAWatchdog(t *testing.T) {
@@ -160,12 +148,10 @@ func TestUnitRestartsWhatCrashed(t *testing.T) {
 // A terminal that is closed does not end it.
 func TestHangUpIsIgnored(t *testing.T) {
 	engine, s := harness.NewReplay(t, "cgroup2"), harness.NewStandIn(t)
-	daemon := exec.Command(harness.Program, "--docker="+engine.URL,
+	daemon := harness.StartDaemon(t, "--docker="+engine.URL,
 		"--backstop="+s.URL+"/publish/docker", "--poll=1s")
-	harness.Must(t, daemon.Start())
 	harness.Must(t, s.Await(`\.duration `, 1, time.Minute))
 	harness.Must(t, daemon.Process.Signal(syscall.SIGHUP))
 	harness.Must(t, s.Await(`\.duration `, 3, time.Minute))
-	harness.Must(t, daemon.Process.Signal(os.Interrupt))
-	harness.Must(t, daemon.Wait())
+	daemon.End()
 }

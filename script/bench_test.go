@@ -153,20 +153,20 @@ func crowd(b *testing.B, e *harness.Engine, n int) {
 	}
 }
 
-// Five thousand containers that take their time need no more open files than there usually are.
+// Two thousand containers that take their time need no more open files than there usually are.
 func TestFewOpenFiles(t *testing.T) {
 	binary, err := exec.LookPath(harness.Program) // see TestMain
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := harness.NewStandIn(t)
-	address := harness.Crowd(t, 5000, 300*time.Millisecond)
+	address := harness.Crowd(t, 2000, 300*time.Millisecond)
 	out, err := exec.Command("sh", "-c", `ulimit -n 1024; exec "$0" "$@"`, binary, "--once",
 		"--backstop="+s.URL+"/publish/docker", "--docker="+address).CombinedOutput()
 	if err != nil || len(out) > 0 {
 		t.Errorf("%v %.2000s", err, out)
 	}
-	if !strings.Contains(s.Lines(), ".metrics.sampled 5000 ") {
+	if !strings.Contains(s.Lines(), ".metrics.sampled 2000 ") {
 		t.Error("not all of them were read")
 	}
 }
@@ -187,17 +187,10 @@ func switchesOf(pid int) (switches int) {
 // Between sweeps nothing wakes it up, nor does it ask for anything.
 func TestNothingHappensBetweenSweeps(t *testing.T) {
 	s := harness.NewStandIn(t)
-	daemon := exec.Command(harness.Program, "--backstop="+s.URL+"/publish/docker",
-		"--docker="+harness.Crowd(t, 100, 0), "--poll=1h", "--host=h", "--spool="+
-			filepath.Join(t.TempDir(), "a", "spool"))
-	if err := daemon.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer daemon.Wait()
-	defer daemon.Process.Kill()
-	if err := s.Await(`^h\.metrics\.sampled `, 1, time.Minute); err != nil {
-		t.Fatal(err)
-	}
+	daemon := harness.StartDaemon(t, "--backstop="+s.URL+"/publish/docker",
+		"--docker="+harness.Crowd(t, 100, 0), "--poll=1h", "--host=h",
+		"--spool="+filepath.Join(t.TempDir(), "a", "spool"))
+	harness.Must(t, s.Await(`^h\.metrics\.sampled `, 1, time.Minute))
 	// What the runtime has to clear up after the sweep is done within seconds. Whatever came once a
 	// second would never let it rest.
 	const enough = 30

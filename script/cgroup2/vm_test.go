@@ -7,7 +7,6 @@ package cgroup2_test
 
 import (
 	"fmt"
-	"math"
 	"os"
 	"os/exec"
 	"regexp"
@@ -20,22 +19,24 @@ import (
 	docker "github.com/fsouza/go-dockerclient"
 )
 
+// noErrors fails the test if the daemon has logged an error.
+func noErrors(t *testing.T, log string) {
+	t.Helper()
+	if strings.Contains(log, "level=ERROR") {
+		t.Errorf("it logged\n%s", log)
+	}
+}
+
 // follow runs the daemon until the test ends, and returns where its metrics arrive. Nothing may be
 // an error.
 func follow(t *testing.T, poll string) *harness.StandIn {
 	t.Helper()
 	s := harness.NewStandIn(t)
-	log := &harness.Log{}
-	daemon := exec.Command(harness.Program,
+	daemon := harness.StartDaemon(t,
 		"--backstop="+s.URL+"/publish/docker", "--host=h", "--poll="+poll)
-	daemon.Stderr = log
-	harness.Must(t, daemon.Start())
 	t.Cleanup(func() {
-		daemon.Process.Signal(os.Interrupt)
-		err := daemon.Wait()
-		if text := log.Take(); err != nil || strings.Contains(text, "level=ERROR") {
-			t.Errorf("it ended with %v and logged\n%s", err, text)
-		}
+		daemon.End()
+		noErrors(t, daemon.Log.String())
 	})
 	return s
 }
@@ -114,8 +115,9 @@ func TestLiveCPUsLimit(t *testing.T) {
 		docker.HostConfig{NanoCPUs: 500_000_000})
 	s := follow(t, "4s") // 40 periods of the limit
 	// The first poll is at the start, the second may be soon after, the third has the whole 4 s.
+	// A busy host may take some of it away.
 	awaitMore(t, s, ".half.cpu.percent", 2)
-	if percent, _ := newest(t, s, ".half.cpu.percent"); math.Abs(percent-50) > 5 {
+	if percent := await(t, s, ".half.cpu.percent", 45); percent > 55 {
 		t.Errorf("cpu.percent is %v with --cpus 0.5", percent)
 	}
 	if limit, _ := newest(t, s, ".half.cpu.limit"); limit != 0.5 {
@@ -178,18 +180,23 @@ func TestLiveUnit(t *testing.T) {
 		t.Error("it runs as root")
 	}
 
-	// The engine stops, and starts at a new socket.
+	// The unit allows all that the daemon does.
+	noErrors(t, journal())
+
+	// The engine stops, and starts at a new socket. A poll in between may be refused: the socket is
+	// root's until systemd gives it to the group.
 	do(t, "systemctl", "stop", "docker.service", "docker.socket")
 	harness.AwaitText(t, journal, "Docker engine does not answer", 1)
 	do(t, "systemctl", "start", "docker.service")
 	harness.Must(t, e.StartContainer(e.Name(t, "web"), nil))
+	const answers = "Docker engine answers"
+	harness.AwaitText(t, journal, answers, 2)
 	awaitMore(t, s, ".web.cpu.percent", 2)
 	unitHas(t, "MainPID", pid)
 	unitHas(t, "NRestarts", "0")
 
 	do(t, "systemctl", "stop", harness.Program)
 	unitHas(t, "Result", "success")
-	if text := journal(); strings.Contains(text, "denied") || strings.Contains(text, "not permitted") {
-		t.Errorf("the unit allows too little:\n%s", text)
-	}
+	text := journal()
+	noErrors(t, text[strings.LastIndex(text, answers):])
 }

@@ -98,6 +98,12 @@ func (e *Engine) Name(t *testing.T, name string) string {
 	return fmt.Sprintf("dstb-%s.%s", thisRun(t), name)
 }
 
+// Only returns the option that leaves out the containers of other tests, which may run beside, and
+// fail.
+func (e *Engine) Only(t *testing.T) string {
+	return `--prefix=[{"regexp":"^(` + e.Name(t, "") + `.*)$","into":"$1"},{"regexp":"","drop":true}]`
+}
+
 // Run starts a container that runs a shell script, "" for one that sleeps. It ends by itself
 // after a while, should the test be killed.
 func (e *Engine) Run(t *testing.T, name, script string, host docker.HostConfig) string {

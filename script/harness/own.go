@@ -46,7 +46,7 @@ func StartOwn(t *testing.T) *OwnEngine {
 // moment longer to end, and writes there.
 func RemoveEngine(t testing.TB, dir string) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		err := os.RemoveAll(dir)
 		if err == nil {
 			return
