@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -13,7 +14,7 @@ import (
 // Bounds of the README: who wants more reads docs.
 const (
 	maxReadmeLines = 150
-	maxReadmeWords = 1500
+	maxReadmeWords = 1400
 )
 
 func TestReadmeIsShort(t *testing.T) {
@@ -72,6 +73,33 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	}
 	if n < 40 {
 		t.Errorf("only %d links", n)
+	}
+}
+
+// The README names each metric that is sent without --per.
+func TestReadmeNamesTheMetrics(t *testing.T) {
+	names := func(pattern, text string) (all []string) {
+		for _, braced := range harness.AllOf(pattern, text) {
+			all = append(all, harness.Expand(braced)...)
+		}
+		return all
+	}
+	const row, page = "(?m)^\\| `(<[ch]>\\.[^`]+)` \\|", "docs/metrics.md"
+	readme := names("`(<[ch]>\\.[^`]+)`", harness.Section(t, "README.md", "## What is sent"))
+	per := names(row, harness.Section(t, page, "### With `--per`"))
+	documented := names(row, harness.ReadFile(t, page))
+	for _, name := range documented {
+		if !slices.Contains(readme, name) && !slices.Contains(per, name) {
+			t.Errorf("%s has %s, the README's table has not", page, name)
+		}
+	}
+	for _, name := range readme {
+		if !slices.Contains(documented, name) {
+			t.Errorf("the README's table has %s, %s has not", name, page)
+		}
+	}
+	if len(readme) < 60 {
+		t.Errorf("only %d metrics", len(readme))
 	}
 }
 

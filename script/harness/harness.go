@@ -101,16 +101,15 @@ func Documentation(t testing.TB) string {
 	return text.String()
 }
 
-// Section returns the part of a page under a heading, up to the next one of that level.
+// Section returns the part of a page under a heading, up to the next one of its level or above.
 func Section(t testing.TB, page, heading string) string {
 	t.Helper()
 	_, rest, found := strings.Cut(ReadFile(t, page), "\n"+heading+"\n")
 	if !found {
 		t.Fatalf("%s has no %s", page, heading)
 	}
-	level, _, _ := strings.Cut(heading, " ")
-	text, _, _ := strings.Cut(rest, "\n"+level+" ")
-	return text
+	level := strings.Index(heading, " ")
+	return regexp.MustCompile(fmt.Sprintf(`\n#{1,%d} `, level)).Split(rest, 2)[0]
 }
 
 // AllOf returns what the first group of the pattern matches in text, sorted, each once.
