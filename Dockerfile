@@ -4,8 +4,7 @@
 #
 # The image it is built in: Go, Git (which has the version), a shell, and root certificates. "linux" is
 # the builder's own processor, whatever the image is for: Go compiles for others.
-ARG GO_IMAGE=golang:1.26
-FROM --platform=linux ${GO_IMAGE} AS build
+FROM --platform=linux golang:1.26 AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
@@ -16,10 +15,17 @@ RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} \
     go build -trimpath -ldflags='-s -w' -o /out/ . && mkdir -m 1777 /out/spool
 
 FROM scratch
+# Set for a release, by .github/workflows/release.yml.
+ARG VERSION REVISION CREATED
 LABEL org.opencontainers.image.title="docker-stats-to-backstop" \
       org.opencontainers.image.description="Feeds Graphite with the stats of a host's Docker containers, through Backstop" \
       org.opencontainers.image.source="https://github.com/deliverous/docker-stats-to-backstop" \
-      org.opencontainers.image.licenses="MIT"
+      org.opencontainers.image.url="https://github.com/deliverous/docker-stats-to-backstop" \
+      org.opencontainers.image.documentation="https://github.com/deliverous/docker-stats-to-backstop#readme" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.created="$CREATED"
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /src/LICENSE /
 COPY --from=build /src/docs/third-party.md /THIRD_PARTY.md

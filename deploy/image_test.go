@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"math/big"
 	"net"
 	"net/http/httptest"
@@ -165,13 +166,24 @@ func goImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	return name
 }
 
+// buildArgs returns what the workflow of a release sets in the Dockerfile, here to x-NAME.
+func buildArgs(t *testing.T) (args string) {
+	t.Helper()
+	for _, name := range harness.AllInOrder(`(?m)^ +([A-Z]+)=\$\{\{`,
+		harness.ReadFile(t, ".github/workflows/release.yml")) {
+		args += fmt.Sprintf("--build-arg %s=x-%[1]s ", name)
+	}
+	return args
+}
+
 // buildImage makes the image as docs/install.md says, without a network, and returns its name.
 func buildImage(t *testing.T, e *harness.Engine, a *authority) (name string) {
 	t.Helper()
 	name = e.Image + "-built"
 	build := documented(t, install, "## As a container", "docker build")
-	build = strings.Replace(build, "-t docker-stats-to-backstop ",
-		`-t "$NAME" --network none --force-rm --build-arg GO_IMAGE="$GO_IMAGE" `, 1)
+	build = strings.Replace(build, "docker build -t docker-stats-to-backstop ",
+		`sed "s|golang:[0-9.]*|$GO_IMAGE|" Dockerfile | docker build -t "$NAME" --file - `+
+			`--network none --force-rm `+buildArgs(t), 1)
 	out, err := tryCommand(t, e, build, "NAME="+name, "GO_IMAGE="+goImage(t, e, a))
 	t.Cleanup(func() {
 		e.RemoveImageExtended(name, docker.RemoveImageOptions{Force: true})
@@ -218,6 +230,23 @@ func testContents(t *testing.T, e *harness.Engine, image string) {
 	}
 	if size := info.Size; size > 10<<20 {
 		t.Errorf("it has %d bytes", size)
+	}
+	labels, where := map[string]string{}, "https://github.com/deliverous/docker-stats-to-backstop"
+	for label, value := range map[string]string{
+		"title":         harness.Program,
+		"description":   "Feeds Graphite with the stats of a host's Docker containers, through Backstop",
+		"source":        where,
+		"url":           where,
+		"documentation": where + "#readme",
+		"licenses":      "MIT",
+		"version":       "x-VERSION",
+		"revision":      "x-REVISION",
+		"created":       "x-CREATED",
+	} {
+		labels["org.opencontainers.image."+label] = value
+	}
+	if got := info.Config.Labels; !maps.Equal(got, labels) {
+		t.Errorf("its labels are\n%q\nwant\n%q", got, labels)
 	}
 	made, err := e.CreateContainer(docker.CreateContainerOptions{Name: e.Name(t, "look"),
 		Config: &docker.Config{Image: image}})
