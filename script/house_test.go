@@ -203,6 +203,33 @@ func TestTestFilesAreShort(t *testing.T) {
 	}
 }
 
+func TestDependabotKnowsEachModule(t *testing.T) {
+	known := harness.ReadFile(t, ".github/dependabot.yml")
+	modules := harness.AllOf(`directories: \[(.*)\]`, known)
+	for _, path := range tracked(t) {
+		if filepath.Base(path) != "go.mod" {
+			continue
+		}
+		module := filepath.Clean("/" + filepath.Dir(path))
+		if len(modules) != 1 || !slices.Contains(strings.Split(modules[0], ", "), module) {
+			t.Errorf("Dependabot knows %q, not %s", modules, module)
+		}
+	}
+}
+
+// The version in an image is Git's. Were a file missing there that Git knows, it would be +dirty.
+func TestImageIsBuiltOfAllThatGitKnows(t *testing.T) {
+	list := exec.Command("git", "ls-files", "--cached", "--ignored", "--exclude-from=.dockerignore")
+	list.Dir = harness.Top(t)
+	out, err := list.Output()
+	if err != nil {
+		harness.Cannot(t, "git does not list the files: %v", err)
+	}
+	if len(out) > 0 {
+		t.Errorf(".dockerignore leaves out\n%s", out)
+	}
+}
+
 func TestFunctionsAndStructsAreSmall(t *testing.T) {
 	fset, files := goFiles(t)
 	for path, file := range files {
