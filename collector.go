@@ -20,7 +20,7 @@ type collector struct {
 	events     events
 	per        details
 	host       string // what --host says
-	alive      func() // called after each answer; may be nil
+	alive      func() // called after each answer
 	log        *slog.Logger
 
 	size     int   // room for the metrics of a sweep: those of the last one, and an eighth
@@ -34,6 +34,7 @@ type collector struct {
 type about struct {
 	info
 	server   string    // what it calls itself
+	stopped  count     // containers
 	askedAt  time.Time // zero: never
 	nameless bool      // whether it will not tell its name
 	news     news
@@ -48,8 +49,17 @@ type infoAnswer struct {
 func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
 	return &collector{
 		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
+		alive: func() {},
 	}
 }
+
+// configure sets what is not necessary. concurrency is 0 to adapt to the engine.
+func (c *collector) configure(per details, host string, concurrency int) {
+	c.per, c.host, c.flow = per, host, flow{limit: concurrency}
+}
+
+// onAnswer sets what is called after each answer about a container.
+func (c *collector) onAnswer(alive func()) { c.alive = alive }
 
 // sweepResult is what one sweep brought. All its metrics are of the time at which it began.
 type sweepResult struct {
@@ -139,7 +149,7 @@ func (c *collector) survey(sweep context.Context) (*census, error) {
 	if isNew || c.hostName() == "" && c.containers.rules.needHost() {
 		c.takeInfo(limit / 2)
 	}
-	all := c.about.Stopped.n <= manyStopped || isOld
+	all := c.about.stopped.n <= manyStopped || isOld
 	list, at, err := c.engine.list(ctx, all)
 	if err != nil {
 		return nil, err
@@ -161,7 +171,7 @@ func (c *collector) survey(sweep context.Context) (*census, error) {
 		c.containers.learnEvents(fresh, found, c.hostName())
 	}
 	if all { // those that wait to be restarted are stopped, for /info
-		c.about.Stopped = counted(uint64(everything - len(list) + found.restarting))
+		c.about.stopped = counted(uint64(everything - len(list) + found.restarting))
 	}
 	return found, nil
 }
@@ -194,14 +204,13 @@ func (c *collector) takeInfo(within time.Duration) {
 	}
 	c.about.call = nil
 	if got.err == nil {
-		if got.Stopped.absent() {
-			got.Stopped = c.about.Stopped
+		c.about.info, c.about.askedAt = got.orElse(c.about.info), time.Now()
+		if !got.Stopped.absent() {
+			c.about.stopped = got.Stopped
 		}
-		got.Name = cmp.Or(got.Name, c.about.Name)
-		c.about.info, c.about.askedAt = got.info, time.Now()
 	}
 	if got.err == nil || isRefusal(got.err) {
-		c.about.nameless = got.Name == ""
+		c.about.nameless = c.about.Name == ""
 	}
 	text := errorText(got.err)
 	if errors.Is(got.err, context.Canceled) || !c.about.news.isNew(text) {
@@ -225,14 +234,9 @@ func (c *collector) findImages(ctx context.Context) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.engine.timeout/4, noAnswer(c.engine.timeout/4))
 	defer cancel()
 	list := c.containers.imageless()
-	c.flow.run(len(list), func(i int) {
-		known := list[i]
-		if seen, err := c.engine.inspect(ctx, known.ID); err != nil {
-			known.err = fmt.Errorf("its image: %w", err)
-		} else {
-			known.learn(seen)
-			known.madeOf = cmp.Or(seen.Config.Image, known.Image)
-		}
+	c.flow.run(len(list), false, func(i int) {
+		seen, err := c.engine.inspect(ctx, list[i].ID)
+		list[i].learnImage(seen, err)
 	})
 }
 
@@ -256,8 +260,7 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 		mu         sync.Mutex // of the metrics, and of the next two
 		late, slow bool       // whether a call timed out that did not before, or nearly did
 	)
-	c.flow.inTicks = c.engine.inTicks
-	c.flow.run(len(found.asked), func(i int) {
+	c.flow.run(len(found.asked), c.engine.inTicks, func(i int) {
 		// All calls for a container share one limit: it must not hold up the next sweep.
 		start, limit := time.Now(), c.engine.timeout
 		ctx, cancel := context.WithTimeoutCause(ctx, limit, noAnswer(limit))
@@ -269,9 +272,7 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 		}}
 		err := s.sample(ctx, &b.body)
 		b.metrics = s.metrics
-		if c.alive != nil {
-			c.alive()
-		}
+		c.alive()
 		errs[i] = err
 		mu.Lock()
 		defer mu.Unlock()
@@ -304,11 +305,7 @@ func (c *collector) engineTrouble(ctx context.Context, errs []error) error {
 // judge counts whether a container was read, has failed or was left out. One that has just ended is
 // none of these, but only once. It logs that, unless the sweep as a whole failed.
 func (c *collector) judge(ctx context.Context, result *sweepResult, known *container, err error) {
-	hasEnded := errors.Is(err, errStopped)
-	if hasEnded && known.hasEnded {
-		err = errUnknown
-	}
-	known.hasEnded = hasEnded
+	err = known.judge(err)
 	switch {
 	case err == nil, errors.Is(err, errRestarting):
 		result.sampled++
@@ -335,7 +332,7 @@ func (c *collector) addHost(result *sweepResult, found *census) {
 	// As /info counts them
 	host.addCount(".containers.running", found.running-found.paused-found.restarting)
 	host.addCount(".containers.paused", found.paused)
-	host.add(".containers.stopped", c.about.Stopped)
+	host.add(".containers.stopped", c.about.stopped)
 	c.events.flatten(&host)
 	host.addCount(".metrics.sampled", result.sampled)
 	host.addCount(".metrics.failed", result.failed)
@@ -399,16 +396,14 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown()) {
 		seen, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
-			known.last, known.checkedAt = nil, time.Time{} // nobody knows whether it was restarted
+			known.forget()
 			return fmt.Errorf("its uptime: %w", err)
 		}
 		known.learn(seen)
 	}
-	sample := stats.cpuSample(known.startedAt, from)
-	if percent, ok := sample.percentSince(known.last); ok {
+	if percent, ok := known.percent(stats.cpuSample(known.startedAt, from)); ok {
 		s.addDecimal(".cpu.percent", percent)
 	}
-	known.last = sample
 	return nil
 }
 

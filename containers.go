@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"regexp"
@@ -102,9 +103,6 @@ func (cs *containers) remember(list []listed) {
 	}
 	cs.byID = byID
 }
-
-// imageID is what a list shows when the image's name means another image by now.
-var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
 
 // imageless returns the containers whose rules look at an image that only inspect knows: a newer
 // one has taken its name.
@@ -280,6 +278,36 @@ func (known *container) learn(seen *inspected) {
 	if health := seen.State.Health.Status; health != "none" {
 		known.facts.health = health
 	}
+}
+
+// learnImage takes over the name of the image, which only inspect knows.
+func (known *container) learnImage(seen *inspected, err error) {
+	if err != nil {
+		known.err = fmt.Errorf("its image: %w", err)
+		return
+	}
+	known.learn(seen)
+	known.madeOf = cmp.Or(seen.Config.Image, known.Image)
+}
+
+// forget is for a container of which nobody knows whether it was restarted.
+func (known *container) forget() { known.last, known.checkedAt = nil, time.Time{} }
+
+// percent returns how much CPU it used since the last sample, and keeps this one.
+func (known *container) percent(sample *cpuSample) (percent float64, ok bool) {
+	percent, ok = sample.percentSince(known.last)
+	known.last = sample
+	return percent, ok
+}
+
+// judge returns err, of the poll, but errUnknown for a container that ended in two polls.
+func (known *container) judge(err error) error {
+	hasEnded := errors.Is(err, errStopped)
+	if hasEnded && known.hasEnded {
+		err = errUnknown
+	}
+	known.hasEnded = hasEnded
+	return err
 }
 
 // noClock is before Docker's first release. Boards without a clock start in 1970.

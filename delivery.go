@@ -36,15 +36,20 @@ type delivery struct {
 	last    bool      // whether the last try began after the queue was closed
 	most    int       // metrics in a request
 	good    []byte    // the last metric that was accepted, nil if none is known
-	worked  bool      // whether anything was delivered
-	late    int       // metrics that had to wait and were delivered in this outage
-	oldest  int64     // their oldest time, in Unix seconds
-	news    news      // of the receiver
+	outage  outage
 }
 
-// newDelivery prepares for delivering what is in q.
-func newDelivery(to destination, q *queue, log *slog.Logger) *delivery {
-	return &delivery{to: to, queue: q, pauses: newPauses(usualPace), rest: func() {}, log: log,
+// outage is what the log says of the receiver, and of an outage when that is over.
+type outage struct {
+	worked bool  // whether anything was delivered
+	late   int   // metrics that had to wait and were delivered in it
+	oldest int64 // their oldest time, in Unix seconds
+	news   news
+}
+
+// newDelivery prepares for delivering what is in q. rest is called when that is empty.
+func newDelivery(to destination, q *queue, rest func(), log *slog.Logger) *delivery {
+	return &delivery{to: to, queue: q, pauses: newPauses(usualPace), rest: rest, log: log,
 		most: maxBatch}
 }
 
@@ -77,6 +82,9 @@ func (d *delivery) round(ctx context.Context) (over bool, err error) {
 	if !isPending || time.Since(d.posted) < settleAfter {
 		if metrics, _, _, _ := d.queue.backlog(); metrics == 0 {
 			d.rest()
+			if d.to.idle != nil {
+				d.to.idle()
+			}
 		}
 		b, body := d.queue.next(isPending)
 		switch {
@@ -230,32 +238,33 @@ func (d *delivery) settle(ctx context.Context) error {
 func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	d.pauses.reset()
 	wasLate, over := d.queue.done(b, bad, took)
+	o := &d.outage
 	if wasLate {
-		d.late += b.count - bad
+		o.late += b.count - bad
 	}
-	if d.oldest == 0 || b.oldest < d.oldest {
-		d.oldest = b.oldest
+	if o.oldest == 0 || b.oldest < o.oldest {
+		o.oldest = b.oldest
 	}
 	if !over {
 		return
 	}
-	after := []any{"metrics", d.late,
-		"lasted", time.Since(time.Unix(d.oldest, 0)).Round(time.Second)}
+	after := []any{"metrics", o.late,
+		"lasted", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
 	switch {
-	case d.news.isNew(""):
+	case o.news.isNew(""):
 		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
-	case !d.worked && d.late > 0:
+	case !o.worked && o.late > 0:
 		d.log.Info("metrics of the earlier run are delivered", after...)
-	case !d.worked && d.to.remote:
+	case !o.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	d.worked, d.late, d.oldest = true, 0, 0
+	o.worked, o.late, o.oldest = true, 0, 0
 }
 
 // logTrouble logs why metrics have to wait, and what waits, if that is news, and again each hour.
 func (d *delivery) logTrouble(err error) {
 	text := errorText(err)
-	if !d.news.isNew(text) && !d.news.isOld(text) {
+	if news := &d.outage.news; !news.isNew(text) && !news.isOld(text) {
 		return
 	}
 	metrics, bytes, since, _ := d.queue.backlog()

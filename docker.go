@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"log/slog"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -40,18 +39,4 @@ func dockerContext() (name, endpoint string) {
 		return name, ""
 	}
 	return name, withoutUser(u)
-}
-
-// isAt reports whether e is the engine at endpoint.
-func (e *engine) isAt(endpoint string) bool {
-	u, _, err := parseEndpoint(endpoint)
-	return err == nil && withoutUser(u) == e.shown
-}
-
-// warnOfContext logs that the docker command of this user shows the containers of another engine.
-func warnOfContext(e *engine, log *slog.Logger) {
-	if name, endpoint := dockerContext(); endpoint != "" && !e.isAt(endpoint) {
-		log.Warn("the Docker context names another engine than the one that is asked",
-			"context", name, "docker", e, "set", "--docker="+endpoint)
-	}
 }

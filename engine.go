@@ -147,6 +147,12 @@ func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
 // String is the engine's address as it may be shown.
 func (e *engine) String() string { return e.shown }
 
+// isAt reports whether e is the engine at endpoint.
+func (e *engine) isAt(endpoint string) bool {
+	u, _, err := parseEndpoint(endpoint)
+	return err == nil && withoutUser(u) == e.shown
+}
+
 // tlsFromEnv reads DOCKER_TLS_VERIFY and DOCKER_CERT_PATH as the docker CLI does: a
 // DOCKER_TLS_VERIFY that is not empty asks for TLS, with ca.pem, cert.pem and key.pem from
 // DOCKER_CERT_PATH, by default DOCKER_CONFIG or ~/.docker. It returns nil if TLS is not asked for.
@@ -255,6 +261,12 @@ type info struct {
 	MemTotal count // bytes
 	Stopped  count `json:"ContainersStopped"`
 	OSType   string
+}
+
+// orElse returns i, with the name that was known before where it has none.
+func (i info) orElse(before info) info {
+	i.Name = cmp.Or(i.Name, before.Name)
+	return i
 }
 
 // info asks the engine about itself. No other call costs it more: it starts other programs for

@@ -20,17 +20,17 @@ const (
 // flow limits the calls in flight. It begins with a few, and doubles that whenever there is no
 // answer for a while.
 type flow struct {
-	limit   int  // fixed number of calls, 0 to find it out
-	inTicks bool // whether the engine is known to answer once a second only: begin with all
-	most    int  // that were not too many, 0 if it is not known
-	peak    int  // that were in flight the last time
+	limit int // fixed number of calls, 0 to find it out
+	most  int // that were not too many, 0 if it is not known
+	peak  int // that were in flight the last time
 }
 
-// run calls do with 0 to n-1, each in its own goroutine, and returns when all are done.
-func (f *flow) run(n int, do func(i int)) {
+// run calls do with 0 to n-1, each in its own goroutine, and returns when all are done. It begins
+// with all if the engine is known to answer in ticks.
+func (f *flow) run(n int, inTicks bool, do func(i int)) {
 	most := cmp.Or(f.limit, f.most, maxInFlight)
 	allowed := min(fewInFlight, most)
-	if f.limit > 0 || f.inTicks {
+	if f.limit > 0 || inTicks {
 		allowed = most
 	}
 	answers, inFlight := make(chan struct{}, n), 0

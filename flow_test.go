@@ -79,7 +79,7 @@ func TestFlow(t *testing.T) {
 				time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second + test.begin)))
 				c := &calls{takes: test.takes, done: map[int]int{}}
 				start := time.Now()
-				f.run(test.n, c.do)
+				f.run(test.n, false, c.do)
 				if took := time.Since(start); took > wall {
 					t.Errorf("%s: sweep %d took %s", test.why, sweep+1, took)
 				}

@@ -349,7 +349,7 @@ func newRig(t testing.TB, to destination, limit int64, dir string) (*rig, *harne
 		t.Cleanup(r.kill)
 		r.settle()
 	}
-	r.delivery = newDelivery(to, r.queue, log.Logger())
+	r.delivery = newDelivery(to, r.queue, func() {}, log.Logger())
 	return r, log
 }
 

@@ -87,7 +87,7 @@ func run(opts *options, log *slog.Logger) error {
 	polling, sending, release := untilSignal()
 	defer release()
 	opts.warnOfVariables(log)
-	warnOfContext(opts.engine, log)
+	opts.warnOfContext(log)
 	if opts.check {
 		return checkNames(polling, release, opts, log)
 	}
@@ -123,7 +123,7 @@ func untilSignal() (polling, sending context.Context, release func()) {
 // sampler returns the collector that opts ask for.
 func sampler(opts *options, log *slog.Logger) *collector {
 	c := newCollector(opts.engine, opts.rules, log)
-	c.per, c.host, c.flow.limit = opts.per, opts.host, opts.concurrency
+	c.configure(opts.per, opts.host, opts.concurrency)
 	return c
 }
 
@@ -169,14 +169,8 @@ func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, erro
 		}
 	}
 	s := newService(opts.poll, q)
-	c.alive = s.alive
-	d := newDelivery(to, q, delivering)
-	d.rest = func() {
-		s.update()
-		if to.idle != nil {
-			to.idle()
-		}
-	}
+	c.onAnswer(s.alive)
+	d := newDelivery(to, q, s.update, delivering)
 	return &pipeline{collector: c, queue: q, delivery: d, service: s, log: log}, nil
 }
 

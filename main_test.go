@@ -159,7 +159,7 @@ func TestEndWaitsForTheDisk(t *testing.T) {
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}
-	p := &pipeline{collector: c, queue: q, delivery: newDelivery(to, q, log.Logger()),
+	p := &pipeline{collector: c, queue: q, delivery: newDelivery(to, q, func() {}, log.Logger()),
 		service: newService(time.Hour, q), log: log.Logger()}
 	p.daemon(polling, sending, time.Hour)
 	if got := log.String(); !regexp.MustCompile(`lost=0 kept=[1-9]`).MatchString(got) {

@@ -58,11 +58,10 @@ type options struct {
 	spool       string // absolute path of the folder; "": keep metrics in memory
 	spoolLimit  int64  // bytes
 	concurrency int    // 0: adapt to the engine
-	check       bool
-	once        bool
-	verbose     bool
-	version     bool
+	switches
 }
+
+type switches struct{ check, once, verbose, version bool }
 
 // option is one row of the table of options.
 type option struct {
@@ -321,6 +320,14 @@ func (o *options) warnOfVariables(log *slog.Logger) {
 		if strings.HasPrefix(name, "SRV_") && value != "" && !known[name] {
 			log.Warn("unknown environment variable ignored, see --help", "variable", name)
 		}
+	}
+}
+
+// warnOfContext logs that the docker command of this user shows the containers of another engine.
+func (o *options) warnOfContext(log *slog.Logger) {
+	if name, endpoint := dockerContext(); endpoint != "" && !o.engine.isAt(endpoint) {
+		log.Warn("the Docker context names another engine than the one that is asked",
+			"context", name, "docker", o.engine, "set", "--docker="+endpoint)
 	}
 }
 

@@ -36,6 +36,9 @@ type naming struct {
 	drop     bool
 }
 
+// imageID is what a list shows when the image's name means another image by now.
+var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
+
 // apply returns what the rules make of s on a host. Of a longer text, they see the start: a path is
 // no longer, and there are labels of megabytes.
 func (rs rules) apply(s subject, host string) naming {

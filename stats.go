@@ -48,26 +48,30 @@ type memoryStats struct {
 	Limit    count `json:"limit"`
 	Failcnt  count `json:"failcnt"`
 	Stats    struct {
-		// cgroup v1 has each of these for the group and, as total_…, with its children.
-		TotalCache        count `json:"total_cache"`
-		Cache             count `json:"cache"`
-		TotalRSS          count `json:"total_rss"`
-		RSS               count `json:"rss"`
-		TotalSwap         count `json:"total_swap"`
-		Swap              count `json:"swap"`
-		TotalInactiveFile count `json:"total_inactive_file"`
-		InactiveFile      count `json:"inactive_file"` // cgroup v2 too
-		TotalPgfault      count `json:"total_pgfault"` // pages
-		Pgfault           count `json:"pgfault"`       // cgroup v2 too
-		TotalPgmajfault   count `json:"total_pgmajfault"`
-		Pgmajfault        count `json:"pgmajfault"` // cgroup v2 too
-		File              count `json:"file"`       // cgroup v2
-		Anon              count `json:"anon"`       // cgroup v2
+		memoryTotals
+		Cache        count `json:"cache"`
+		RSS          count `json:"rss"`
+		Swap         count `json:"swap"`
+		InactiveFile count `json:"inactive_file"` // cgroup v2 too
+		Pgfault      count `json:"pgfault"`       // pages; cgroup v2 too
+		Pgmajfault   count `json:"pgmajfault"`    // the same
+		File         count `json:"file"`          // cgroup v2
+		Anon         count `json:"anon"`          // cgroup v2
 	} `json:"stats"`
 	// Windows
 	Commit            count `json:"commitbytes"`
 	CommitPeak        count `json:"commitpeakbytes"`
 	PrivateWorkingSet count `json:"privateworkingset"`
+}
+
+// memoryTotals are those of cgroup v1, of a group with its children.
+type memoryTotals struct {
+	TotalCache        count `json:"total_cache"`
+	TotalRSS          count `json:"total_rss"`
+	TotalSwap         count `json:"total_swap"`
+	TotalInactiveFile count `json:"total_inactive_file"`
+	TotalPgfault      count `json:"total_pgfault"` // pages
+	TotalPgmajfault   count `json:"total_pgmajfault"`
 }
 
 // network counts what went through one interface.

@@ -183,7 +183,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				b := mustBackstop(t, "http://"+user+"@"+address+"/publish/docker")
 				b.leadAfter, b.leadPause = time.Hour, 0
 				b.asked = time.Now()
-				d := newDelivery(b.destination(), newQueue(1<<20, logger), logger)
+				d := newDelivery(b.destination(), newQueue(1<<20, logger), func() {}, logger)
 				d.queue.put([]metric{{"", "web.a", whole(1), 1795409680}})
 				d.queue.close()
 				_ = d.deliver(t.Context())
