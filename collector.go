@@ -370,8 +370,8 @@ func (s *sampling) sample(ctx context.Context, body *answer) error {
 	case err == nil || !known.checkedAt.IsZero():
 		known.flatten(&s.flattener, s.now)
 	}
-	if known.ends != nil {
-		known.ends.flatten(&s.flattener)
+	if its := known.ends; its != nil && (!errors.Is(err, errStopped) || its.isAny()) {
+		its.flatten(&s.flattener)
 	}
 	return err
 }

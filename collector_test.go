@@ -62,14 +62,8 @@ func TestSweep(t *testing.T) {
 		t.Errorf("logged\n%swant\n%s", got, want)
 	}
 	result = c.sweep(t.Context())
-	const listed = `level=ERROR msg="container cannot be read" container=fx-web error="the engine's ` +
-		`list has it, poll after poll, but the engine does not know it or says that it stopped"` + "\n"
-	if got := log.Take(); got != listed || result.failed != 1 {
-		t.Errorf("a second time, %d failed, it logged\n%s", result.failed, got)
-	}
-	result = c.sweep(t.Context())
-	if got := log.Take(); got != "" || result.failed != 1 {
-		t.Errorf("a third time, %d failed, it logged\n%s", result.failed, got)
+	if got := log.Take(); got != "" || result.failed != 0 || result.running != 5 {
+		t.Errorf("a second time, %d of %d failed, it logged\n%s", result.failed, result.running, got)
 	}
 }
 
@@ -85,7 +79,7 @@ func TestEngineThatDoesNotTellAboutItself(t *testing.T) {
 	for range 2 {
 		result := c.sweep(t.Context())
 		lines := asLines(result.metrics)
-		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total 6 ") ||
+		if result.err != nil || !strings.Contains(lines, "\n"+graphiteNode(own)+".containers.total ") ||
 			!strings.Contains(lines, "\nfx-two.uptime ") {
 			t.Errorf("without /info it is %v\n%s", result.err, lines)
 		}
@@ -484,8 +478,7 @@ func TestHostThatIsNotKnownYet(t *testing.T) {
 	}
 }
 
-// An engine's clock can be off by hours, or set while it runs. All points of a poll have the time at
-// which it began; uptime goes by the engine's clock, and so do the questions for events.
+// An engine's clock can be off by hours. All points of a poll have the time at which it began; uptime goes by the engine's clock, and so do the questions for events.
 func TestEngineWithAnotherClock(t *testing.T) {
 	for _, ahead := range []time.Duration{
 		0, 20 * time.Second, 2 * time.Hour, -3 * time.Hour, -50 * 365 * 24 * time.Hour,

@@ -248,6 +248,9 @@ func (cs *containers) pathOf(known *container, one *event, host string) string {
 	return ""
 }
 
+// isAny reports whether any run ended badly.
+func (e *ends) isAny() bool { return e.oomKills+e.failedExits > 0 }
+
 // flatten adds both counters.
 func (e *ends) flatten(f *flattener) {
 	f.add(".oom_kills", counted(e.oomKills))

@@ -103,7 +103,7 @@ func TestEventsAreCountedOnce(t *testing.T) {
 	past.refused = true
 	for range 2 {
 		result := c.sweep(t.Context())
-		wants(t, "refused", result, "!vmtest.events.", "vmtest.containers.total 6")
+		wants(t, "refused", result, "!vmtest.events.", "vmtest.containers.total 5")
 	}
 	if got := log.Take(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, "/events") {
 		t.Errorf("refused, it logged %s", got)

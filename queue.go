@@ -45,9 +45,9 @@ type queue struct {
 type figures struct {
 	sent, retried, dropped uint64
 
-	untold uint64 // dropped as there was no room, and not in the log yet
-	since  int64  // the oldest time of these, in Unix seconds
-	news   news   // of that
+	untold      uint64 // dropped as there was no room, and not in the log yet
+	from, until int64  // the oldest and the newest time of these, in Unix seconds
+	news        news   // of that
 }
 
 // disk is what the queue knows of the spool.
@@ -114,16 +114,24 @@ func (q *queue) bound() {
 		return
 	}
 	if f.untold == 0 {
-		f.since = lost[0].oldest
+		f.from = lost[0].oldest
 	}
 	for _, b := range lost {
 		f.dropped += uint64(b.count)
 		f.untold += uint64(b.count)
+		f.until = b.oldest
 		q.discard(b)
 	}
 	if f.news.isAllowed("no room") {
+		q.tellLosses()
+	}
+}
+
+// tellLosses logs what was dropped since the last time.
+func (q *queue) tellLosses() {
+	if f := &q.figures; f.untold > 0 {
 		q.log.Error("no room for more metrics, dropping the oldest", "metrics", f.untold,
-			"from", inUTC(f.since), "until", inUTC(lost[len(lost)-1].oldest),
+			"from", inUTC(f.from), "until", inUTC(f.until),
 			"limit", units.BytesSize(float64(q.limit)))
 		f.untold = 0
 	}
@@ -198,8 +206,12 @@ func (q *queue) done(b *batch, bad int, took time.Duration) (wasLate, over bool)
 	q.discard(b)
 	q.figures.sent += uint64(b.count - bad)
 	q.figures.dropped += uint64(bad)
-	q.log.Debug("delivered", "metrics", b.count-bad, "took", took.Round(time.Millisecond), q.state())
-	return b.isLate, !q.line.hasLate()
+	q.log.Debug("delivered", "metrics", b.count-bad,
+		"took", took.Round(time.Millisecond), q.state())
+	if over = !q.line.hasLate(); over {
+		q.tellLosses()
+	}
+	return b.isLate, over
 }
 
 // putBack ends the delivery of b, of which left is still to be delivered, nil for all of it, and so
@@ -384,14 +396,16 @@ func (q *queue) setAside(body []byte, oldest int64) (name string) {
 	return f.name
 }
 
-// end stores what the disk did not take before, and lets others have the spool.
+// end stores what the disk did not take before, and lets others have the spool. What was dropped is
+// in the log then.
 func (q *queue) end() {
+	unlock := q.lock()
+	q.tellLosses()
+	q.disk.ends, q.disk.rests = true, false
+	unlock()
 	if q.spool == nil {
 		return
 	}
-	unlock := q.lock()
-	q.disk.ends, q.disk.rests = true, false
-	unlock()
 	select {
 	case <-q.kept:
 	case <-time.After(storeWait):

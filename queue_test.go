@@ -130,7 +130,9 @@ func TestQueueIsBounded(t *testing.T) {
 		if _, bytes := q.line.size(); bytes > q.limit || bytes < q.limit*8/10 {
 			t.Errorf("%d bytes are held, want up to %d", bytes, q.limit)
 		}
+		q.tellLosses()
 		log.Take()
+		q.figures.news = news{} // an hour later
 		held := len(q.line.batches)
 		q.fill(4*fit+1, 1)
 		more := held + 1 - len(q.line.batches)

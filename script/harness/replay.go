@@ -30,6 +30,7 @@ type Replay struct {
 	api      string                      // what its header says, "" for none
 	override map[string]http.HandlerFunc // by path, with the container's name in it
 	asked    []string                    // paths and queries, likewise
+	removed  bool                        // whether it was told that fx-web is not there any more
 }
 
 // NewReplay starts an engine that answers as the one that was recorded in dir.
@@ -142,7 +143,13 @@ func (r *Replay) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	case path == "/events": // nothing has happened
 	default:
 		body, err := os.ReadFile(filepath.Join(r.dir, file))
+		if path == "/containers/json" {
+			body = r.withoutRemoved(body)
+		}
 		if file == "" || err != nil { // fx-web is in the lists, but its stats were not recorded
+			r.mu.Lock()
+			r.removed = r.removed || path == "/containers/fx-web/json"
+			r.mu.Unlock()
 			w.WriteHeader(http.StatusNotFound)
 			w.Write([]byte(`{"message":"No such container"}`))
 			return
@@ -150,6 +157,22 @@ func (r *Replay) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(body)
 	}
+}
+
+// withoutRemoved returns a list without fx-web, once that was asked for: it was removed.
+func (r *Replay) withoutRemoved(list []byte) []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.removed {
+		return list
+	}
+	var entries []json.RawMessage
+	_ = json.Unmarshal(list, &entries)
+	entries = slices.DeleteFunc(entries, func(entry json.RawMessage) bool {
+		return strings.Contains(string(entry), `"/fx-web"`)
+	})
+	list, _ = json.Marshal(entries)
+	return list
 }
 
 // find returns the path of a request, with the container's name in it, and the file of the answer.
