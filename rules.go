@@ -254,15 +254,11 @@ func checkUse(rs rules, r rule, last bool) error {
 			`give it an "into", a "category" or a "drop", or leave it out`)
 	}
 	for i, before := range rs {
-		if strings.Contains(before.into, "${label:") {
-			continue // it does not match a container without that label
-		}
-		const unreachable = "it can never be reached: rule %d "
-		switch pattern := before.regexp.String(); {
-		case before.from == r.from && pattern == r.regexp.String():
-			return fmt.Errorf(unreachable+"has the same regexp; put them together", i+1)
-		case !strings.HasPrefix(before.from, "label:") && matchesAll(pattern):
-			return fmt.Errorf(unreachable+"matches everything it sees; put it behind this one", i+1)
+		// With a label in its "into", it does not match a container without that.
+		isSame := before.from == r.from && before.regexp.String() == r.regexp.String()
+		if isSame && !strings.Contains(before.into, "${label:") {
+			return fmt.Errorf("it can never be reached: "+
+				"rule %d has the same regexp; put them together", i+1)
 		}
 	}
 	return nil
