@@ -704,7 +704,8 @@ func engineHint(err error) string {
 			return "; give the container the group of the socket: " +
 				"--group-add $(stat -c %g /var/run/docker.sock)"
 		}
-		return "; add this user to the group that owns the socket: usermod -aG docker USER"
+		return "; add this user to the group that owns the socket, and log in again: " +
+			"usermod -aG docker USER"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused),
 		says("refused"), says("no such host"):
 		if name, endpoint := dockerContext(); endpoint != "" && errors.Is(err, fs.ErrNotExist) {
