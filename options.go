@@ -211,13 +211,13 @@ func (opt *option) parse(flags map[string]string) error {
 	switch variable := opt.variable(); {
 	case err == nil:
 		return nil
-	case errors.As(err, new(misquoted)):
-		return fmt.Errorf("%s: %s: %w", from, quoting(from), err)
 	case opt.value == "":
 		return fmt.Errorf("%s must be true or false", from)
 	case from == variable+"_FILE" && !opt.address: // it may be another file, with a secret in it
 		return fmt.Errorf("%s: the content of %s, not shown here, is no value for --%s; see --help",
 			from, shown(os.Getenv(from)), opt.name)
+	case errors.As(err, new(misquoted)):
+		return fmt.Errorf("%s: %s: %w", from, quoting(from), err)
 	}
 	return fmt.Errorf("%s: %w", from, err)
 }
