@@ -163,38 +163,42 @@ func (ss *secretTexts) add(secret string) {
 	}
 }
 
-// hide returns text, or a mask if a secret is in it, as it is or escaped in one way.
+// hide returns text, or a mask if a secret is in it, as it is or escaped.
 func (ss secretTexts) hide(text string) string {
-	plain := []string{text, html.UnescapeString(text),
-		percents.ReplaceAllStringFunc(text, func(escape string) string {
-			plain, _ := url.PathUnescape(escape) // it always is one
-			return plain
-		}),
-		backslashes.ReplaceAllStringFunc(text, unquote)}
+	plain := unescape(text)
 	for _, secret := range ss {
-		isIn := func(text string) bool { return strings.Contains(text, secret) }
-		if slices.ContainsFunc(plain, isIn) {
+		unescaped := unescape(secret) // for it may look like an escape
+		if strings.Contains(text, secret) ||
+			len(unescaped) >= minSecret && strings.Contains(plain, unescaped) {
 			return mask
 		}
 	}
 	return text
 }
 
-var (
-	percents    = regexp.MustCompile(`(%[0-9A-Fa-f]{2})+`)
-	backslashes = regexp.MustCompile(`\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)`)
-)
+var escapes = regexp.MustCompile(
+	`(%[0-9A-Fa-f]{2})+|\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)`)
 
-// unquote returns what an escape of Go or JSON stands for.
-func unquote(escape string) string {
-	r, isRune, _, err := strconv.UnquoteChar(escape, 0)
-	switch {
-	case err != nil: // such as \/ and \"
-		return escape[1:]
-	case isRune:
-		return string(r)
+// unescape returns text without the escapes of HTML, of URLs, and of Go and JSON, some times: net/http
+// and net/url escape what others have escaped.
+func unescape(text string) string {
+	for range 4 {
+		text = escapes.ReplaceAllStringFunc(html.UnescapeString(text), func(escape string) string {
+			if escape[0] == '%' {
+				plain, _ := url.PathUnescape(escape) // it always is one
+				return plain
+			}
+			r, isRune, _, err := strconv.UnquoteChar(escape, 0)
+			switch {
+			case err != nil: // such as \/ and \"
+				return escape[1:]
+			case isRune:
+				return string(r)
+			}
+			return string([]byte{byte(r)})
+		})
 	}
-	return string([]byte{byte(r)})
+	return printable(text)
 }
 
 // jsonKind names what err found, in JSON's words.
