@@ -33,7 +33,9 @@ func NewServer(t testing.TB, command, debian string) (s *Server, dir string) {
 	t.Helper()
 	path, err := exec.LookPath(command)
 	if err != nil {
-		Cannot(t, "no %s: it is in Debian's %s", command, debian)
+		if path, err = exec.LookPath("/usr/sbin/" + command); err != nil {
+			Cannot(t, "no %s: it is in Debian's %s", command, debian)
+		}
 	}
 	dir = t.TempDir()
 	log, err := os.Create(filepath.Join(dir, "log"))
