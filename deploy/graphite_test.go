@@ -145,7 +145,7 @@ func TestGraphiteFilesKnowEveryMetric(t *testing.T) {
 	}
 }
 
-// What the page has for another prefix than docker: every pattern of ours has it then.
+// What the page has for another prefix than docker: each of our patterns has it then.
 func TestGraphiteFilesForAnotherPrefix(t *testing.T) {
 	dir := t.TempDir()
 	for _, file := range []string{schemasFile, aggregationFile} {
