@@ -478,7 +478,8 @@ func TestHostThatIsNotKnownYet(t *testing.T) {
 	}
 }
 
-// An engine's clock can be off by hours. All points of a poll have the time at which it began; uptime goes by the engine's clock, and so do the questions for events.
+// An engine's clock can be off by hours. All points of a poll have the time at which it began;
+// uptime goes by the engine's clock, and so do the questions for events.
 func TestEngineWithAnotherClock(t *testing.T) {
 	for _, ahead := range []time.Duration{
 		0, 20 * time.Second, 2 * time.Hour, -3 * time.Hour, -50 * 365 * 24 * time.Hour,

@@ -179,8 +179,8 @@ func (ss secretTexts) hide(text string) string {
 var escapes = regexp.MustCompile(
 	`(%[0-9A-Fa-f]{2})+|\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)`)
 
-// unescape returns text without the escapes of HTML, of URLs, and of Go and JSON, some times: net/http
-// and net/url escape what others have escaped.
+// unescape returns text without the escapes of HTML, of URLs, and of Go and JSON, also where one is
+// in another: net/http and net/url escape what others have escaped.
 func unescape(text string) string {
 	for range 4 {
 		text = escapes.ReplaceAllStringFunc(html.UnescapeString(text), func(escape string) string {
