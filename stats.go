@@ -153,8 +153,8 @@ func parseDetails(list string) (per details, err error) {
 			per.device = true
 		case "":
 		default:
-			return per, fmt.Errorf("there are no series per %s; "+
-				"write core, interface, device, or several of them with commas between", shown(name))
+			return per, fmt.Errorf("there are no series per %s; write core, interface, device, "+
+				"or several of them with commas between", shown(name))
 		}
 	}
 	return per, nil
@@ -382,7 +382,8 @@ func (b *blkioStats) byDevice() (order []device, on map[device]*blkioStats) {
 
 func (b *blkioStats) sums() diskIO {
 	return diskIO{
-		sumOf(b.Bytes, "read"), sumOf(b.Bytes, "write"), sumOf(b.Ops, "read"), sumOf(b.Ops, "write"),
+		sumOf(b.Bytes, "read"), sumOf(b.Bytes, "write"),
+		sumOf(b.Ops, "read"), sumOf(b.Ops, "write"),
 	}
 }
 

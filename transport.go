@@ -17,8 +17,8 @@ const (
 	maxHeader = 64 << 10
 	// maxEntries bounds a list, in containers or events: one of 32 MiB could have 10 million.
 	maxEntries = 50_000
-	// linger is how long an answer that is whole is waited for to end, so that its connection can be
-	// used again.
+	// linger is how long an answer that is whole may take to end, so that its connection can be used
+	// again.
 	linger = 250 * time.Millisecond
 )
 
