@@ -103,30 +103,41 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 // scan looks at n bytes more. What follows a value that was asked for is left out.
 func (a *answer) scan(n int) {
 	start := len(a.text)
+	if !a.isStream && a.whole > 0 {
+		return
+	}
 	a.text = a.text[:start+n]
 	for i, c := range a.text[start:] {
-		switch {
-		case a.escaped:
-			a.escaped = false
-		case a.inString:
-			a.escaped, a.inString = c == '\\', c != '"'
-		case c == '"':
-			a.inString = true
-		case c == '{' || c == '[':
-			a.depth++
-		case c == '}' || c == ']':
-			if a.depth--; a.depth > 0 || !a.isStream && a.whole > 0 {
-				continue
-			}
+		if a.take(c) {
 			a.whole = start + i + 1
-			a.entries++
-		case c == ',' && a.depth == 1 && !a.isStream:
-			a.entries++
+			if a.entries++; !a.isStream {
+				break
+			}
 		}
 	}
 	if !a.isStream && a.whole > 0 {
 		a.text = a.text[:a.whole]
 	}
+}
+
+// take takes over a byte, and reports whether a value ends with it.
+func (a *answer) take(c byte) (isEnd bool) {
+	switch {
+	case a.escaped:
+		a.escaped = false
+	case a.inString:
+		a.escaped, a.inString = c == '\\', c != '"'
+	case c == '"':
+		a.inString = true
+	case c == '{', c == '[':
+		a.depth++
+	case c == '}', c == ']':
+		a.depth--
+		return a.depth == 0
+	case c == ',' && a.depth == 1 && !a.isStream:
+		a.entries++
+	}
+	return false
 }
 
 // lacksTLS reports whether err says that the other side does not speak TLS.
