@@ -77,7 +77,9 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 			late = time.AfterFunc(linger, cancel)
 			defer late.Stop()
 		}
-		a.text = slices.Grow(a.text, 512)
+		if cap(a.text)-len(a.text) < 512 {
+			a.text = slices.Grow(a.text, max(8<<10, len(a.text))) // most have less
+		}
 		n, err := r.Read(a.text[len(a.text):cap(a.text)])
 		a.scan(n)
 		if a.isStream && n > 0 {
