@@ -62,7 +62,6 @@ type answer struct {
 	isStream bool
 	isOpen   bool // whether it was over, but had not ended
 
-	mu       sync.Mutex
 	scanned  int // bytes
 	whole    int // bytes up to the end of the first value or, of a stream, of the last one
 	depth    int // of objects and arrays
@@ -73,27 +72,33 @@ type answer struct {
 
 // read reads the answer from r. cancel ends a Read.
 func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	var late *time.Timer
+	var (
+		mu   sync.Mutex  // of a and late
+		late *time.Timer // nil when read has returned
+	)
+	mu.Lock()
+	defer mu.Unlock()
 	late = time.AfterFunc(linger, func() { // most answers have ended by then
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		if a.isOpen = a.isOver(); a.isOpen {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case late == nil:
+		case a.isOver():
+			a.isOpen = true
 			cancel()
-		} else {
+		default:
 			late.Reset(linger)
 		}
 	})
-	defer late.Stop()
+	defer func() { late.Stop(); late = nil }()
 	for {
 		if cap(a.text)-len(a.text) < 512 {
 			a.text = slices.Grow(a.text, max(8<<10, len(a.text))) // most have less
 		}
 		free := a.text[len(a.text):cap(a.text)]
-		a.mu.Unlock()
+		mu.Unlock()
 		n, err := r.Read(free)
-		a.mu.Lock()
+		mu.Lock()
 		a.text = a.text[:len(a.text)+n]
 		var long *http.MaxBytesError
 		switch {
