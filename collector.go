@@ -266,7 +266,7 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 		ctx, cancel := context.WithTimeoutCause(ctx, limit, noAnswer(limit))
 		defer cancel()
 		known, b := found.asked[i], buffers.Get().(*buffer)
-		defer buffers.Put(b)
+		defer b.keep()
 		s := sampling{c, known, found.at, flattener{
 			metrics: b.metrics[:0], path: known.path, at: result.start.Unix(),
 		}}
@@ -349,6 +349,13 @@ type buffer struct {
 }
 
 var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+// keep makes b ready for another sample, unless a large answer has made it large.
+func (b *buffer) keep() {
+	if cap(b.body.text) <= 64<<10 {
+		buffers.Put(b)
+	}
+}
 
 // sampling makes the metrics of one container.
 type sampling struct {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -227,11 +228,7 @@ func TestMemoryIsBounded(t *testing.T) {
 	t.Parallel()
 	s := harness.NewStandIn(t)
 	s.Set("", harness.AnswerWith(503, ""))
-	// Not the one in PATH: with the race detector, a program needs many times as much.
-	binary := filepath.Join(t.TempDir(), program)
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v %s", err, out)
-	}
+	binary := built(t)
 	const limit = 24 // MiB
 	engine := harness.NewReplay(t, "cgroup2")
 	engine.On("/containers/fx-idle/stats", func(w http.ResponseWriter, _ *http.Request) {
@@ -249,13 +246,79 @@ func TestMemoryIsBounded(t *testing.T) {
 			break // it is full
 		}
 	}
-	status := harness.ReadFile(t, fmt.Sprintf("/proc/%d/status", daemon.Process.Pid))
+	if peak := peakOf(t, daemon.Process.Pid); peak > limit+30 {
+		t.Errorf("the process takes %d MiB with a limit of %d MiB", peak, limit)
+	}
+}
+
+// built returns a binary. Not the one in PATH: with the race detector, a program needs many times as
+// much memory.
+func built(t *testing.T) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), program)
+	if out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	return path
+}
+
+// peakOf returns the most memory that a process has had, in MiB.
+func peakOf(t *testing.T, pid int) (mebibytes int) {
+	t.Helper()
+	status := harness.ReadFile(t, fmt.Sprintf("/proc/%d/status", pid))
 	m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(status)
 	kB, err := strconv.Atoi(m[1])
 	harness.Must(t, err)
-	t.Logf("%d MiB with a limit of %d MiB", kB>>10, limit)
-	if kB>>10 > limit+30 {
-		t.Errorf("the process takes %d MiB with a limit of %d MiB", kB>>10, limit)
+	return kB >> 10
+}
+
+// Answers of the engine cost little memory, whatever is in them.
+func TestAnswersCostLittleMemory(t *testing.T) {
+	t.Parallel()
+	binary := built(t)
+	fill := func(entry string) string {
+		return "[" + strings.Repeat(entry+",", (maxAnswer-100)/(len(entry)+1)) + entry + "]"
+	}
+	var containers []string
+	for i := range 100 {
+		containers = append(containers, fmt.Sprintf(`{"Id":"%d","Names":["/c%[1]d"]}`, i))
+	}
+	large := `{"x":"` + strings.Repeat("x", 750<<10) + `",` + smallStats[1:]
+	for _, test := range []struct {
+		why, list, until string
+		polls, most      int // MiB
+	}{
+		{"a list of objects", fill("{}"), "the answer has over 50000 entries", 1, 400},
+		{"a list of numbers", fill("0"), "the answer has over 50000 entries", 1, 400},
+		{"one large answer of a hundred", "[" + strings.Join(containers, ",") + "]",
+			"msg=polled running=100 failed=0", 20, 25},
+	} {
+		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch path := r.URL.Path; {
+			case path == "/containers/json":
+				io.WriteString(w, test.list)
+			case path == "/containers/7/stats":
+				io.WriteString(w, large)
+			case strings.HasSuffix(path, "/stats"):
+				io.WriteString(w, smallStats)
+			case strings.HasSuffix(path, "/json"):
+				io.WriteString(w, smallInspect)
+			case path == "/info":
+				io.WriteString(w, `{"Name":"h"}`)
+			}
+		}))
+		t.Cleanup(s.Close)
+		daemon := exec.Command(binary, "--docker="+s.URL, "--poll=200ms", "--verbose")
+		log := &harness.Log{}
+		daemon.Stderr = log
+		harness.Must(t, daemon.Start())
+		harness.AwaitText(t, log.String, test.until, test.polls)
+		peak := peakOf(t, daemon.Process.Pid)
+		harness.Must(t, daemon.Process.Kill())
+		_ = daemon.Wait()
+		if peak > test.most {
+			t.Errorf("%s takes %d MiB, more than %d", test.why, peak, test.most)
+		}
 	}
 }
 
