@@ -85,6 +85,9 @@ func newBackstop(text string) (*backstop, error) {
 			"in user and password, write %2F for /; " + want)
 	case u.Hostname() == "":
 		return nil, errors.New("no host in the URL; " + want)
+	case u.Port() == "2003" || u.Port() == "2013":
+		return nil, errors.New("that is Carbon's port: should the URL begin with " +
+			strings.Replace(u.Scheme, "http", "carbon", 1) + "://?")
 	case strings.Trim(u.Path, "/") == "":
 		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, " +
 			"where PREFIX is one of its PREFIXES; " + want)
@@ -176,7 +179,7 @@ func (b *backstop) request(ctx context.Context, body []byte) error {
 	}
 	resp, err := b.transport.RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("%w%s", plainly(ctx, err), receiverHint(err))
+		return fmt.Errorf("%w%s", plainly(ctx, err), receiverHint(err, b.url.Scheme))
 	}
 	defer resp.Body.Close()
 	// All of it is read, up to a bound, because only then the connection can be used again.
@@ -321,24 +324,43 @@ func hint(resp *http.Response, line string) string {
 	return hints[resp.StatusCode]
 }
 
+// notCarbon is what is wrong with a receiver that does not speak Carbon's plaintext protocol.
+type notCarbon string
+
+func (n notCarbon) Error() string { return string(n) }
+
+// errNoTLS is what is wrong with a receiver that may not speak TLS.
+var errNoTLS = errors.New("it does not answer the TLS handshake")
+
 // receiverHint returns what to do about a receiver that cannot be reached, after "; ", or nothing.
-func receiverHint(err error) string {
+// The scheme is that of --backstop.
+func receiverHint(err error, scheme string) string {
 	var (
-		op     *net.OpError
-		name   *net.DNSError
-		issuer x509.UnknownAuthorityError
+		op    *net.OpError
+		name  *net.DNSError
+		cause x509.CertificateInvalidError
 	)
+	plain := strings.TrimSuffix(scheme, "s")
 	switch {
 	case errors.As(err, &op) && op.Op == "proxyconnect":
 		return "; that is the proxy in HTTPS_PROXY or HTTP_PROXY"
 	case errors.As(err, &name) && name.IsNotFound:
 		return "; check the name of the host in --backstop"
-	case errors.As(err, &issuer):
-		return "; add the certificate of that authority to this system's"
+	case name == nil && strings.Contains(err.Error(), "refused"): // Windows has an error of its own
+		return "; is it running, and is --backstop its address?"
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "; add the certificate of that authority to this system's, " +
+			"or name its file in SSL_CERT_FILE"
+	case errors.As(err, new(x509.HostnameError)):
+		return "; the host in --backstop must be a name that the certificate has"
+	case errors.As(err, &cause) && cause.Reason == x509.Expired:
+		return "; renew the certificate, or set this host's clock"
+	case errors.Is(err, errNoTLS):
+		return "; is there TLS at that address? If not, --backstop begins with " + plain + "://"
 	case lacksTLS(err):
-		return "; there is no TLS at that address: should --backstop begin with http://?"
-	case isNoHTTP(err):
-		return "; is this TLS? Then --backstop begins with https://"
+		return "; there is no TLS at that address: should --backstop begin with " + plain + "://?"
+	case isNoHTTP(err), scheme == "carbon" && errors.As(err, new(notCarbon)):
+		return "; is this TLS? Then --backstop begins with " + plain + "s://"
 	}
 	return ""
 }

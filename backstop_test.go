@@ -164,7 +164,8 @@ func TestPostWithoutAnswer(t *testing.T) {
 	}
 	s.Close()
 	err = b.post(t.Context(), []byte("[]"))
-	if err == nil || !strings.HasSuffix(err.Error(), "connection refused") ||
+	if err == nil || !strings.HasSuffix(err.Error(),
+		"connection refused; is it running, and is --backstop its address?") ||
 		strings.Contains(err.Error(), "password") {
 		t.Errorf("nobody there: %v", err)
 	}
@@ -238,7 +239,8 @@ func TestReceiverHints(t *testing.T) {
 		strings.Replace(secure.URL, "https:", "http:", 1): "whether it needs https://",
 		"http://" + noHTTP.Addr().String(): "; is this TLS? " +
 			"Then --backstop begins with https://",
-		secure.URL: "; add the certificate of that authority to this system's",
+		secure.URL: "; add the certificate of that authority to this system's, " +
+			"or name its file in SSL_CERT_FILE",
 	} {
 		err := mustBackstop(t, base+"/publish/docker").post(t.Context(), onePoint)
 		if err == nil || !strings.HasSuffix(err.Error(), want) {
@@ -246,14 +248,14 @@ func TestReceiverHints(t *testing.T) {
 		}
 	}
 	unknown := &net.OpError{Op: "dial", Net: "tcp", Err: &net.DNSError{Name: "h", IsNotFound: true}}
-	if got := receiverHint(unknown); got != "; check the name of the host in --backstop" {
+	if got := receiverHint(unknown, "https"); got != "; check the name of the host in --backstop" {
 		t.Errorf("unknown host: %s", got)
 	}
 	proxy := &net.OpError{Op: "proxyconnect", Net: "tcp", Err: unknown}
-	if got := receiverHint(proxy); !strings.Contains(got, "HTTPS_PROXY") {
+	if got := receiverHint(proxy, "https"); !strings.Contains(got, "HTTPS_PROXY") {
 		t.Errorf("unknown proxy: %s", got)
 	}
-	if got := receiverHint(io.EOF); got != "" {
+	if got := receiverHint(io.EOF, "https"); got != "" {
 		t.Errorf("anything else: %s", got)
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -21,8 +22,11 @@ const (
 	// What goes over one connection. A relay takes this much at once without dropping lines.
 	carbonLines = 1_000
 	carbonBytes = 64 << 10
-	// carbonConnect is how long connecting may take.
+	// carbonConnect is how long connecting may take, and TLS's handshake.
 	carbonConnect = 10 * time.Second
+	// carbonEarly is how long we wait with our end for that of something that cannot read lines. The
+	// port of pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us.
+	carbonEarly = 500 * time.Millisecond
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
 	// carbonMost is how long Carbon may take for a batch: less than the watchdog waits.
@@ -41,45 +45,59 @@ const (
 // the witness. What was posted is delivered when the witness is still open some seconds after
 // Carbon has read it.
 type carbon struct {
-	url     *url.URL
-	prefix  string        // of each metric, with a dot at the end; or ""
-	connect time.Duration // see the constants
-	stall   time.Duration
-	proof   time.Duration
+	url    *url.URL    // without the prefix, which providers use as a password
+	prefix string      // of each metric, with a dot at the end; or ""
+	tls    *tls.Config // nil for none
+	dialer net.Dialer
+	early  time.Duration // see the constants
+	stall  time.Duration
+	proof  time.Duration
 
-	witness *net.TCPConn // while this silent connection is open, Carbon lives; nil for none
-	posts   int          // since it was opened
+	witness *connection // while this silent connection is open, Carbon lives; nil for none
+	posts   int         // since it was opened
 }
 
-// newCarbon prepares for writing to a URL such as carbon://carbon.server:2003/docker. Its error
-// never shows the URL: a user who takes it for Backstop's may have put a password in it.
+// newCarbon prepares for writing to a URL such as carbon://carbon.server:2003/docker, or the same
+// with TLS, carbons://. Its error never shows the URL: there may be a password in it.
 func newCarbon(text string) (*carbon, error) {
-	const want = "write one such as carbon://carbon.server:2003/docker"
+	scheme, _, _ := strings.Cut(strings.ToLower(text), ":")
+	want := "write one such as " + scheme + "://carbon.server:2003/docker"
 	u, err := url.Parse(text)
 	if err != nil {
 		return nil, errors.New("not a URL; " + want)
 	}
-	prefix := strings.Trim(u.Path, "/")
-	port, err := strconv.Atoi(cmp.Or(u.Port(), carbonPort))
+	prefix, isSecure := strings.Trim(u.Path, "/"), scheme == "carbons"
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), carbonPort), 10, 16)
 	switch {
 	case u.User != nil:
 		return nil, errors.New("there is a user or a password in the URL, " +
 			"but Carbon's plaintext protocol has no authentication; " + want)
-	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
+	case strings.ContainsAny(text, "?#"):
 		return nil, errors.New("there is a ? or a # in the URL, " +
 			"but nothing can follow the prefix; " + want)
 	case u.Hostname() == "":
 		return nil, errors.New("no host in the URL; " + want)
-	case err != nil || port < 1 || port > 65535:
+	case isSecure && u.Port() == "":
+		return nil, errors.New("no port in the URL, and there is no usual one for TLS; " + want)
+	case err != nil || port == 0:
 		return nil, errors.New("the port in the URL is not a number from 1 to 65535; " + want)
 	case prefix != "" && (!isGraphitePath(prefix) || len(prefix) > maxPath):
 		return nil, errors.New("the prefix in the URL is not safe as a name in Graphite: " +
 			"use letters, digits, - and _, with single dots between nodes; " + want)
 	}
-	u.Host = net.JoinHostPort(u.Hostname(), strconv.Itoa(port))
-	c := &carbon{url: u, connect: carbonConnect, stall: carbonStall, proof: carbonProof}
-	if u.Path = ""; prefix != "" {
-		u.Path, c.prefix = "/"+prefix, prefix+"."
+	c := &carbon{
+		url: &url.URL{Scheme: scheme, Host: net.JoinHostPort(u.Hostname(), fmt.Sprint(port))},
+		dialer: net.Dialer{Timeout: carbonConnect, KeepAliveConfig: net.KeepAliveConfig{
+			// A host that loses its power says nothing. This is how we notice while a batch is held.
+			Enable: true, Idle: time.Second, Interval: time.Second, Count: 3,
+		}},
+		early: carbonEarly, stall: carbonStall, proof: carbonProof,
+	}
+	if isSecure { // what is no Carbon fails the handshake
+		c.tls, c.early = &tls.Config{ServerName: u.Hostname(), MinVersion: tls.VersionTLS12}, 0
+	}
+	if prefix != "" {
+		c.prefix = prefix + "."
 	}
 	return c, nil
 }
@@ -91,21 +109,25 @@ func (c *carbon) destination() destination {
 
 // post writes a body from encode. It returns nil when Carbon has read it; confirm reports
 // later whether it is delivered.
-func (c *carbon) post(ctx context.Context, body []byte) error {
+func (c *carbon) post(ctx context.Context, body []byte) (err error) {
 	metrics, err := decode(body)
 	if err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, carbonMost, errCarbonSlow)
 	defer cancel()
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, receiverHint(err, c.url.Scheme))
+		}
+	}()
 	if c.witness == nil {
 		if c.witness, err = c.dial(ctx, c.url.Host); err != nil {
 			return err
 		}
 	}
-	for _, lines := range c.portions(metrics) {
-		// To the same address: a host's name may have several.
-		if err := c.write(ctx, c.witness.RemoteAddr().String(), lines); err != nil {
+	for i, lines := range c.portions(metrics) {
+		if err := c.write(ctx, lines, c.posts+i == 0); err != nil {
 			if c.posts == 0 {
 				c.dismiss()
 			}
@@ -131,9 +153,16 @@ func (c *carbon) portions(metrics []metric) (portions [][]byte) {
 	return append(portions, lines)
 }
 
-// errNotCarbon is what is wrong when something is read.
-var errNotCarbon = errors.New("it answers, which Carbon's plaintext protocol never does: " +
+// errAnswers is what is wrong when something is read.
+const errAnswers = notCarbon("it answers, which Carbon's plaintext protocol never does: " +
 	"check host and port")
+
+// errEnds is what is wrong when a connection with metrics ends early, and the silent one does not.
+const errEnds = notCarbon("it closed the connection before the end of the metrics: " +
+	"check that the port is that of Carbon's plaintext protocol")
+
+// errUnread is what is wrong when that ends, too: most likely Carbon was stopped.
+var errUnread = errors.New("it closed the connection before it had read all metrics")
 
 // errCarbonSlow is what is wrong when that takes too long.
 var errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonMost)
@@ -145,12 +174,18 @@ var errCarbonGone = errors.New("it closed the silent connection that shows wheth
 // confirm returns nil if everything that was posted since the last time is delivered. Else it has
 // to be posted again.
 func (c *carbon) confirm() error {
-	_, err := readNow(c.witness)
+	lives := c.lives()
 	c.dismiss()
-	if !errors.Is(err, os.ErrDeadlineExceeded) { // it has ended, or it is no Carbon
+	if !lives {
 		return errCarbonGone
 	}
 	return nil
+}
+
+// lives reports whether the witness has neither ended nor said anything, as Carbon never does.
+func (c *carbon) lives() bool {
+	_, err := c.witness.readNow()
+	return errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // dismiss closes the witness.
@@ -159,36 +194,90 @@ func (c *carbon) dismiss() {
 	c.witness, c.posts = nil, 0
 }
 
-func (c *carbon) dial(ctx context.Context, address string) (*net.TCPConn, error) {
-	dialer := net.Dialer{Timeout: c.connect, KeepAliveConfig: net.KeepAliveConfig{
-		// A host that loses its power says nothing. This is how we notice while a batch is held.
-		Enable: true, Idle: time.Second, Interval: time.Second, Count: 3,
-	}}
-	conn, err := dialer.DialContext(ctx, "tcp", address)
+// link is a TCP connection that TLS may go over.
+type link struct {
+	*net.TCPConn
+	now bool // whether Read returns os.ErrDeadlineExceeded if there is nothing yet
+}
+
+func (l *link) Read(p []byte) (int, error) {
+	if l.now {
+		return readNow(l.TCPConn, p)
+	}
+	return l.TCPConn.Read(p)
+}
+
+// SetWriteDeadline does nothing: tls.Conn would allow 5 s for its end, however slow the network is.
+func (l *link) SetWriteDeadline(time.Time) error { return nil }
+
+// connection is one to Carbon.
+type connection struct {
+	halfCloser // the link itself, or TLS over it
+	link       *link
+}
+
+type halfCloser interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// readNow reads a byte if there is one. It returns os.ErrDeadlineExceeded if there is none yet; what
+// TLS sends on its own account is none.
+func (c *connection) readNow() (int, error) {
+	c.link.now = true
+	defer func() { c.link.now = false }()
+	return c.Read(make([]byte, 1))
+}
+
+func (c *carbon) dial(ctx context.Context, address string) (*connection, error) {
+	conn, err := c.dialer.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, plainly(ctx, err)
 	}
-	return conn.(*net.TCPConn), nil
+	l := &link{TCPConn: conn.(*net.TCPConn)}
+	if c.tls == nil {
+		return &connection{l, l}, nil
+	}
+	secure := tls.Client(l, c.tls)
+	err = cmp.Or(l.SetDeadline(time.Now().Add(c.dialer.Timeout)), secure.HandshakeContext(ctx),
+		l.SetDeadline(time.Time{}))
+	if err != nil {
+		l.Close()
+		if isEnd(err) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.ECONNRESET) {
+			err = errNoTLS
+		}
+		return nil, plainly(ctx, err)
+	}
+	return &connection{secure, l}, nil
+}
+
+// isEnd reports whether err is the end of a connection; that of TLS may come without a notice.
+func isEnd(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // write opens a connection for lines, and waits until Carbon has read all of them.
-func (c *carbon) write(ctx context.Context, address string, lines []byte) error {
-	conn, err := c.dial(ctx, address)
+func (c *carbon) write(ctx context.Context, lines []byte, isFirst bool) error {
+	// To the same address: a host's name may have several.
+	conn, err := c.dial(ctx, c.witness.RemoteAddr().String())
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	if err = c.send(conn, lines); err == nil {
+	defer conn.link.Close() // that of TLS could wait
+	defer context.AfterFunc(ctx, func() { conn.link.Close() })()
+	if err = c.send(conn, lines, isFirst); err == nil {
 		err = c.awaitEnd(conn)
-	}
-	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return fmt.Errorf("it read nothing for %s", c.stall)
 	}
 	// The same trouble has the same text, whatever we were at when it came.
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN) || // not on Windows
 		errors.Is(err, syscall.ECONNRESET) {
 		err = os.NewSyscallError("read", syscall.ECONNRESET)
+	}
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("it read nothing for %s", c.stall)
+	case (err == errUnread || errors.Is(err, syscall.ECONNRESET)) && c.lives():
+		return errEnds
 	}
 	if bare, ok := err.(*os.SyscallError); ok {
 		err = &net.OpError{Op: "read", Net: "tcp", Addr: conn.RemoteAddr(), Err: bare}
@@ -197,7 +286,7 @@ func (c *carbon) write(ctx context.Context, address string, lines []byte) error 
 }
 
 // send sends lines, and the end of them.
-func (c *carbon) send(conn *net.TCPConn, lines []byte) error {
+func (c *carbon) send(conn *connection, lines []byte, isFirst bool) error {
 	for piece := range slices.Chunk(lines, 4<<10) { // small, so that we see progress
 		if err := conn.SetDeadline(time.Now().Add(c.stall)); err != nil {
 			return err
@@ -206,12 +295,14 @@ func (c *carbon) send(conn *net.TCPConn, lines []byte) error {
 			return err
 		}
 	}
-	switch n, err := readNow(conn); {
+	if isFirst { // since the witness was opened
+		time.Sleep(c.early)
+	}
+	switch n, err := conn.readNow(); {
 	case n > 0:
-		return errNotCarbon
-	case errors.Is(err, io.EOF):
-		return errors.New("it closed the connection before the end of the metrics: " +
-			"check that the port is that of Carbon's plaintext protocol")
+		return errAnswers
+	case isEnd(err):
+		return errUnread
 	case !errors.Is(err, os.ErrDeadlineExceeded):
 		return err
 	}
@@ -219,24 +310,24 @@ func (c *carbon) send(conn *net.TCPConn, lines []byte) error {
 }
 
 // awaitEnd waits until the other side has read everything and closes conn.
-func (c *carbon) awaitEnd(conn *net.TCPConn) error {
+func (c *carbon) awaitEnd(conn *connection) error {
 	for {
-		before := unacknowledged(conn)
+		before := unacknowledged(conn.link.TCPConn)
 		if err := conn.SetDeadline(time.Now().Add(c.stall)); err != nil {
 			return err
 		}
 		n, err := conn.Read(make([]byte, 1))
-		left := unacknowledged(conn)
+		left := unacknowledged(conn.link.TCPConn)
 		switch {
 		case n > 0:
-			return errNotCarbon
+			return errAnswers
 		case errors.Is(err, os.ErrDeadlineExceeded) && left < before:
 			continue // a slow network
-		case !errors.Is(err, io.EOF):
+		case !isEnd(err):
 			return err
 		case left > 0:
-			return errors.New("it closed the connection before it had read all metrics")
+			return errUnread
 		}
-		return socketError(conn)
+		return socketError(conn.link.TCPConn)
 	}
 }

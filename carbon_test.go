@@ -18,10 +18,10 @@ func TestCarbonURLs(t *testing.T) {
 	for text, want := range map[string]struct{ shown, prefix string }{
 		"carbon://carbon.server":        {"carbon://carbon.server:2003", ""},
 		"CARBON://carbon.server:2103/":  {"carbon://carbon.server:2103", ""},
-		"carbon://carbon.server/docker": {"carbon://carbon.server:2003/docker", "docker."},
-		"carbon://[::1]/web-1.docker/":  {"carbon://[::1]:2003/web-1.docker", "web-1.docker."},
-		"carbon://[fe80::1%25eth0]:1/a": {"carbon://[fe80::1%25eth0]:1/a", "a."},
-		"carbon://127.0.0.1:65535/a_b":  {"carbon://127.0.0.1:65535/a_b", "a_b."},
+		"carbon://carbon.server/docker": {"carbon://carbon.server:2003", "docker."},
+		"carbon://[::1]/web-1.docker/":  {"carbon://[::1]:2003", "web-1.docker."},
+		"carbon://[fe80::1%25eth0]:1/a": {"carbon://[fe80::1%25eth0]:1", "a."},
+		"carbon://127.0.0.1:65535/a_b":  {"carbon://127.0.0.1:65535", "a_b."},
 	} {
 		to, err := parseDestination(text)
 		if err != nil || to.address != want.shown || to.name != "Carbon" || !to.remote {
@@ -109,12 +109,15 @@ func TestCarbonTroubles(t *testing.T) {
 		why, want string
 		fault     func(*net.TCPConn)
 	}{
-		{"reset", "read tcp ADDRESS: read: connection reset by peer", func(conn *net.TCPConn) {
-			conn.Read(make([]byte, 1))
-			conn.SetLinger(0)
-		}},
+		{"reset", "it closed the connection before the end of the metrics: check that the port is " +
+			"that of Carbon's plaintext protocol; is this TLS? Then --backstop begins with carbons://",
+			func(conn *net.TCPConn) {
+				conn.Read(make([]byte, 1))
+				conn.SetLinger(0)
+			}},
 		{"frozen", "it read nothing for 200ms", frozen},
-		{"HTTP", "it answers, which Carbon's plaintext protocol never does: check host and port",
+		{"HTTP", "it answers, which Carbon's plaintext protocol never does: check host and port; " +
+			"is this TLS? Then --backstop begins with carbons://",
 			func(conn *net.TCPConn) {
 				io.WriteString(conn, "HTTP/1.1 400 Bad Request\r\n\r\n")
 				io.Copy(io.Discard, conn)
@@ -146,13 +149,13 @@ func TestCarbonTroubles(t *testing.T) {
 	}
 	f.die()
 	if err := c.post(t.Context(), onePoint); err == nil ||
-		!strings.HasSuffix(err.Error(), "connection refused") {
+		!strings.HasSuffix(err.Error(), "refused; is it running, and is --backstop its address?") {
 		t.Errorf("nobody there: %v", err)
 	}
 }
 
 // pair returns both ends of a connection, ours first.
-func pair(t *testing.T, c *carbon) (ours, theirs *net.TCPConn) {
+func pair(t *testing.T, c *carbon) (ours *connection, theirs *net.TCPConn) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	harness.Must(t, err)
@@ -173,18 +176,18 @@ func TestCarbonEndsTooEarly(t *testing.T) {
 	ours, theirs := pair(t, c)
 	harness.Must(t, theirs.CloseWrite())
 	await(t, "its end", func() bool {
-		if _, err := readNow(ours); err == io.EOF {
+		if _, err := ours.readNow(); err == io.EOF {
 			return true
 		}
 		return false
 	})
-	if err := c.send(ours, portion); err == nil ||
-		!strings.HasPrefix(err.Error(), "it closed the connection before the end of the metrics") {
+	if err := c.send(ours, portion, false); err == nil ||
+		err.Error() != "it closed the connection before it had read all metrics" {
 		t.Errorf("closed at once: %v", err)
 	}
 
 	ours, theirs = pair(t, c)
-	harness.Must(t, c.send(ours, portion))
+	harness.Must(t, c.send(ours, portion, false))
 	_, err := io.Copy(io.Discard, theirs)
 	harness.Must(t, err)
 	theirs.Close()
@@ -193,7 +196,7 @@ func TestCarbonEndsTooEarly(t *testing.T) {
 	if runtime.GOOS == "linux" {
 		ours, theirs = pair(t, c)
 		harness.Must(t, theirs.SetReadBuffer(1)) // so that its system does not take all
-		harness.Must(t, c.send(ours, portion))
+		harness.Must(t, c.send(ours, portion, false))
 		harness.Must(t, theirs.CloseWrite())
 		if err := c.awaitEnd(ours); err == nil ||
 			err.Error() != "it closed the connection before it had read all metrics" {
@@ -224,7 +227,7 @@ func TestCarbonIsSlow(t *testing.T) {
 	harness.Must(t, theirs.SetReadBuffer(64<<10))
 	done := make(chan error, 1)
 	go func() {
-		err := c.send(ours, make([]byte, 8<<20))
+		err := c.send(ours, make([]byte, 8<<20), false)
 		if err == nil {
 			err = c.awaitEnd(ours)
 		}
@@ -245,7 +248,7 @@ func carbonRig(
 ) (*rig, *carbon, *harness.Log) {
 	t.Helper()
 	c := mustCarbon(t, "carbon://"+f.address())
-	c.proof = proof
+	c.early, c.proof = 0, proof
 	r, log := newRig(t, c.destination(), 8<<20, dir)
 	r.pauses = newPauses(pace{10 * time.Millisecond, 20 * time.Millisecond, 20 * time.Millisecond})
 	return r, c, log

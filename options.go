@@ -84,8 +84,9 @@ func (o *options) table() []option {
 			set: into(&o.to, parseDestination),
 			help: "where to send to: an http or https URL of Backstop, with\n" +
 				"user:password@ for Basic authentication; or Carbon itself,\n" +
-				"carbon://HOST[:2003][/PREFIX]; - prints the metrics instead, as\n" +
-				"lines of Carbon's plaintext protocol (default: -)"},
+				"carbon://HOST[:2003][/PREFIX], or carbons://HOST:PORT[/PREFIX]\n" +
+				"with TLS; - prints the metrics instead, as lines of Carbon's\n" +
+				"plaintext protocol (default: -)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
 			origin: "DOCKER_HOST", address: true, set: into(&o.engine, parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
@@ -356,7 +357,8 @@ func parseDestination(text string) (destination, error) {
 	if text == "-" {
 		return printer(os.Stdout), nil
 	}
-	if scheme, _, _ := strings.Cut(text, ":"); strings.EqualFold(scheme, "carbon") {
+	scheme, _, _ := strings.Cut(strings.ToLower(text), ":")
+	if scheme == "carbon" || scheme == "carbons" {
 		c, err := newCarbon(text)
 		if err != nil {
 			return destination{}, err

@@ -55,17 +55,17 @@ func isOwn(info fs.FileInfo) bool {
 	return !ok || int(stat.Uid) == os.Geteuid()
 }
 
-// readNow reads a byte from conn if there is one. It returns os.ErrDeadlineExceeded if there is
-// none yet. Reading with a short deadline would not do: when this process was stopped meanwhile,
-// that returns without having looked.
-func readNow(conn *net.TCPConn) (n int, err error) {
+// readNow reads what is there from conn. It returns os.ErrDeadlineExceeded if there is nothing yet.
+// Reading with a short deadline would not do: when this process was stopped meanwhile, that returns
+// without having looked.
+func readNow(conn *net.TCPConn, p []byte) (n int, err error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return 0, err
 	}
 	closed := raw.Read(func(fd uintptr) bool {
 		for {
-			if n, err = syscall.Read(int(fd), make([]byte, 1)); err != syscall.EINTR {
+			if n, err = syscall.Read(int(fd), p); err != syscall.EINTR {
 				return true
 			}
 		}

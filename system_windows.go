@@ -33,13 +33,12 @@ func syncPath(string) error { return nil }
 // isOwn is left to Windows: what a user may write there, others may not by default.
 func isOwn(fs.FileInfo) bool { return true }
 
-// readNow reads a byte from conn if there is one, and returns os.ErrDeadlineExceeded if there is
-// none yet.
-func readNow(conn *net.TCPConn) (n int, err error) {
+// readNow reads what is there from conn, and returns os.ErrDeadlineExceeded if there is nothing yet.
+func readNow(conn *net.TCPConn, p []byte) (n int, err error) {
 	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
 		return 0, err
 	}
-	return conn.Read(make([]byte, 1))
+	return conn.Read(p)
 }
 
 // unacknowledged returns 0: Windows does not tell how many bytes the other side's system has not

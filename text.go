@@ -99,12 +99,12 @@ func plainly(ctx context.Context, err error) error {
 // foreign is an error of a connection, whose text is for others to choose.
 type foreign struct{ error }
 
-// ourPort matches our end of a connection. Its port is new with each connection, but the log shows
-// only trouble that is new.
-var ourPort = regexp.MustCompile(`(\S+:\d+|@)->`)
+// passing matches what is new each time: our end of a connection, with its port, and the time at
+// which a certificate is out of date. The log shows only trouble that is new.
+var passing = regexp.MustCompile(`(\S+:\d+|@)->|current time \S+ `)
 
 func (f *foreign) Error() string {
-	return fit(ourPort.ReplaceAllString(fit(f.error.Error(), maxRead), ""), maxForeign)
+	return fit(passing.ReplaceAllString(fit(f.error.Error(), maxRead), ""), maxForeign)
 }
 
 func (f *foreign) Unwrap() error { return f.error }
