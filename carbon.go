@@ -243,17 +243,13 @@ func (c *carbon) dial(ctx context.Context, address string) (*connection, error) 
 		l.SetDeadline(time.Time{}))
 	if err != nil {
 		l.Close()
-		if isEnd(err) || errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, syscall.ECONNRESET) {
+		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, io.EOF) ||
+			errors.Is(err, syscall.ECONNRESET) {
 			err = errNoTLS
 		}
 		return nil, plainly(ctx, err)
 	}
 	return &connection{secure, l}, nil
-}
-
-// isEnd reports whether err is the end of a connection; that of TLS may come without a notice.
-func isEnd(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // write opens a connection for lines, and waits until Carbon has read all of them.
@@ -301,7 +297,7 @@ func (c *carbon) send(conn *connection, lines []byte, isFirst bool) error {
 	switch n, err := conn.readNow(); {
 	case n > 0:
 		return errAnswers
-	case isEnd(err):
+	case errors.Is(err, io.EOF):
 		return errUnread
 	case !errors.Is(err, os.ErrDeadlineExceeded):
 		return err
@@ -323,7 +319,7 @@ func (c *carbon) awaitEnd(conn *connection) error {
 			return errAnswers
 		case errors.Is(err, os.ErrDeadlineExceeded) && left < before:
 			continue // a slow network
-		case !isEnd(err):
+		case !errors.Is(err, io.EOF):
 			return err
 		case left > 0:
 			return errUnread
