@@ -25,7 +25,8 @@ const (
 	// carbonConnect is how long connecting may take, and TLS's handshake.
 	carbonConnect = 10 * time.Second
 	// carbonEarly is how long we wait with our end for that of something that cannot read lines. The
-	// port of pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us.
+	// port of pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us. A
+	// proxy may end the witness so much later than a connection.
 	carbonEarly = 500 * time.Millisecond
 	// carbonStall is how long Carbon may read nothing.
 	carbonStall = time.Minute
@@ -93,8 +94,8 @@ func newCarbon(text string) (*carbon, error) {
 		}},
 		early: carbonEarly, stall: carbonStall, proof: carbonProof,
 	}
-	if isSecure { // what is no Carbon fails the handshake
-		c.tls, c.early = &tls.Config{ServerName: u.Hostname(), MinVersion: tls.VersionTLS12}, 0
+	if isSecure {
+		c.tls = &tls.Config{ServerName: u.Hostname(), MinVersion: tls.VersionTLS12}
 	}
 	if prefix != "" {
 		c.prefix = prefix + "."
@@ -174,7 +175,7 @@ var errCarbonGone = errors.New("it closed the silent connection that shows wheth
 // confirm returns nil if everything that was posted since the last time is delivered. Else it has
 // to be posted again.
 func (c *carbon) confirm() error {
-	lives := c.lives()
+	lives := c.lives(0)
 	c.dismiss()
 	if !lives {
 		return errCarbonGone
@@ -182,8 +183,9 @@ func (c *carbon) confirm() error {
 	return nil
 }
 
-// lives reports whether the witness has neither ended nor said anything, as Carbon never does.
-func (c *carbon) lives() bool {
+// lives reports whether the witness has neither ended, after a while, nor said anything.
+func (c *carbon) lives(after time.Duration) bool {
+	time.Sleep(after)
 	_, err := c.witness.readNow()
 	return errors.Is(err, os.ErrDeadlineExceeded)
 }
@@ -221,8 +223,8 @@ type halfCloser interface {
 	CloseWrite() error
 }
 
-// readNow reads a byte if there is one. It returns os.ErrDeadlineExceeded if there is none yet; what
-// TLS sends on its own account is none.
+// readNow reads a byte if there is one. It returns os.ErrDeadlineExceeded if there is none yet;
+// what TLS sends on its own account is none.
 func (c *connection) readNow() (int, error) {
 	c.link.now = true
 	defer func() { c.link.now = false }()
@@ -272,7 +274,7 @@ func (c *carbon) write(ctx context.Context, lines []byte, isFirst bool) error {
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("it read nothing for %s", c.stall)
-	case (err == errUnread || errors.Is(err, syscall.ECONNRESET)) && c.lives():
+	case (err == errUnread || errors.Is(err, syscall.ECONNRESET)) && c.lives(c.early):
 		return errEnds
 	}
 	if bare, ok := err.(*os.SyscallError); ok {
@@ -291,7 +293,7 @@ func (c *carbon) send(conn *connection, lines []byte, isFirst bool) error {
 			return err
 		}
 	}
-	if isFirst { // since the witness was opened
+	if isFirst && c.tls == nil { // since the witness was opened; others fail TLS's handshake
 		time.Sleep(c.early)
 	}
 	switch n, err := conn.readNow(); {

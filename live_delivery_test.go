@@ -379,7 +379,12 @@ func (f *fed) arrives(t *testing.T, c *carbonCache) {
 // feed returns a rig that delivers to an address, by way of a spool, all that is sampled.
 func feed(t *testing.T, address string, series int, from, step int64) *fed {
 	t.Helper()
-	c := mustCarbon(t, "carbon://"+address)
+	return feedTo(t, mustCarbon(t, "carbon://"+address), series, from, step)
+}
+
+// feedTo is feed to c.
+func feedTo(t *testing.T, c *carbon, series int, from, step int64) *fed {
+	t.Helper()
 	to, f := c.destination(), &fed{series: series, from: from, step: step, read: map[int64]time.Time{}}
 	to.post = func(ctx context.Context, body []byte) error {
 		err := c.post(ctx, body)

@@ -33,7 +33,8 @@ func syncPath(string) error { return nil }
 // isOwn is left to Windows: what a user may write there, others may not by default.
 func isOwn(fs.FileInfo) bool { return true }
 
-// readNow reads what is there from conn, and returns os.ErrDeadlineExceeded if there is nothing yet.
+// readNow reads what is there from conn, and returns os.ErrDeadlineExceeded if there is nothing
+// yet.
 func readNow(conn *net.TCPConn, p []byte) (n int, err error) {
 	if err := conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond)); err != nil {
 		return 0, err
