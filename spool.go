@@ -92,7 +92,7 @@ func isPermanent(err error) bool {
 // mounted over it or unmounted: what would be put into a stand-in would be out of sight later.
 func (s *spool) open() ([]file, error) {
 	if s.root != nil {
-		return nil, nil
+		return nil, s.check()
 	}
 	if err := makeFolder(s.dir); err != nil {
 		return nil, err
@@ -142,7 +142,7 @@ func (s *spool) load(entries []fs.DirEntry) (batches []file) {
 		metrics, _ := strconv.Atoi(parts[3])
 		var size int64
 		if info, err := entry.Info(); err == nil {
-			size = onDisk(info.Size())
+			size = roomOf(info.Size())
 		}
 		at, err := time.Parse(spoolTime, parts[1])
 		f := file{name, at.Unix(), metrics, size}
@@ -214,7 +214,7 @@ func (s *spool) write(packed []byte, oldest int64, metrics int, suffix string) (
 		s.remove(name) // it may be there, though not in safety
 		return f, err
 	}
-	f = file{name, oldest, metrics, onDisk(int64(len(packed)))}
+	f = file{name, oldest, metrics, roomOf(int64(len(packed)))}
 	if suffix != "" {
 		s.bad = append(s.bad, f)
 	}
