@@ -40,6 +40,7 @@ type batch struct {
 	file   file   // in the spool; without a name if there is none
 	isLate bool   // whether it waits behind those that are fresh
 	isOut  bool   // whether delivery has it
+	failed int    // how often delivery failed
 }
 
 // file is one in the folder of the spool.
@@ -134,19 +135,22 @@ func (l *line) remove(b *batch) {
 
 func (l *line) hasLate() bool { return len(l.batches) > 0 && l.batches[0].isLate }
 
-// delay makes b late and, because of trouble if there is any, all others.
+// delay makes b late. In trouble b has failed, and all others are late, too.
 func (l *line) delay(b *batch, trouble string) {
 	b.isLate = true
-	l.trouble = cmp.Or(trouble, l.trouble)
+	if trouble != "" {
+		l.trouble = trouble
+		b.failed++
+	}
 	for _, b := range l.batches {
 		b.isLate = b.isLate || l.trouble != ""
 	}
 	l.shrink()
 }
 
-// shrink keeps little of what is late in memory, but what goes next.
+// shrink keeps little of what is late in memory, but for the one that goes next.
 func (l *line) shrink() {
-	next := l.first(func(b *batch) bool { return !b.isOut })
+	next := l.first(func(b *batch) bool { return b.isLate && !b.isOut })
 	for _, b := range l.batches {
 		if b.isLate && b != next {
 			b.shrink()
@@ -157,15 +161,21 @@ func (l *line) shrink() {
 // goOn ends the trouble.
 func (l *line) goOn() { l.trouble = "" }
 
-// first returns the first in the order of delivery that isWanted, nil for none. In trouble the
-// newest is tried.
-func (l *line) first(isWanted func(*batch) bool) *batch {
+// first returns the first in the order of delivery that isWanted, nil for none. In trouble that is
+// the one that failed least often, and of these the newest: a batch with something in it that makes
+// the receiver fail holds up no other.
+func (l *line) first(isWanted func(*batch) bool) (first *batch) {
+	if l.trouble != "" {
+		for _, b := range l.batches {
+			if isWanted(b) && (first == nil || b.failed <= first.failed) {
+				first = b
+			}
+		}
+		return first
+	}
 	fresh := len(l.batches)
 	for fresh > 0 && !l.batches[fresh-1].isLate {
 		fresh--
-	}
-	if l.trouble != "" {
-		fresh = max(fresh-1, 0)
 	}
 	for _, batches := range [][]*batch{l.batches[fresh:], l.batches[:fresh]} {
 		if i := slices.IndexFunc(batches, isWanted); i >= 0 {

@@ -23,7 +23,7 @@ const (
 // Which goes first: batches that were put while deliveries succeed are fresh and go before all that
 // are late, so that a day's backlog does not hold up the present. What was there at the start, or
 // when a delivery failed, or was put until the next success, is late: it goes oldest first. Until
-// that success the newest is tried.
+// that success, see line.first.
 type queue struct {
 	log   *slog.Logger
 	limit int64      // of bytes
