@@ -377,3 +377,37 @@ func TestStoreIsSlow(t *testing.T) {
 		t.Errorf("logged\n%s", got)
 	}
 }
+
+// While nothing goes through, what has files takes next to no memory, however long the next pause
+// and whichever batch is tried.
+func TestQueueIsInFilesWhileNothingGoesThrough(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &receiver{fail: func(try int, _ []int) error {
+			if try%2 == 0 {
+				return &refusal{status: 503, retryAfter: time.Hour}
+			}
+			return errors.New("connection refused")
+		}}
+		q, _ := r.spooled(t, newDir(t))
+		q.limit = 256 << 20
+		done := make(chan error)
+		go func() { done <- q.deliver(t.Context()) }()
+		for i := range 50 {
+			q.put(points(i*1000, 1000))
+			time.Sleep(time.Minute)
+			held := 0
+			q.mu.Lock()
+			for _, b := range q.line.batches {
+				held += len(b.body)
+			}
+			q.mu.Unlock()
+			if one := len(encode(points(i*1000, 1000))); held > 2*one {
+				t.Errorf("%d bytes are in memory after %d batches of %d", held, 1+i, one)
+			}
+		}
+		q.close()
+		if err := <-done; err == nil {
+			t.Error("no error for what is kept")
+		}
+	})
+}

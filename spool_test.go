@@ -751,3 +751,18 @@ func TestSpoolSetsEmptyFilesAside(t *testing.T) {
 		t.Errorf("%d requests, %v", r.tries, err)
 	}
 }
+
+// The count in a file's name may be wrong: what is in the file counts.
+func TestSpoolCountsWhatIsInAFile(t *testing.T) {
+	dir := newDir(t)
+	harness.Must(t, os.MkdirAll(dir, 0o700))
+	name := filepath.Join(dir, "20261123T105436Z-0000000042-1.json.gz")
+	harness.Must(t, os.WriteFile(name, pack(encode(points(0, 20))), 0o600))
+	r := &receiver{fail: refusing(400, func(v int) bool { return v >= 15 })}
+	q, _ := r.spooled(t, dir)
+	deliverRest(t, q)
+	if got := figuresOf(q); !strings.HasPrefix(got, "sent 15, ") ||
+		!strings.HasSuffix(got, " dropped 5") {
+		t.Errorf("its own figures are %s", got)
+	}
+}
