@@ -150,9 +150,9 @@ func (q *queue) discard(f file) {
 // until the disk has written or read it.
 func (q *queue) turn() (b *batch, isOwed bool) {
 	d := &q.disk
-	hangs := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
+	isStuck := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
 	owes := func(b *batch) bool {
-		return d.isOpen && !hangs && !d.ends && (d.trouble == nil && !b.isStored() || b.body == nil)
+		return d.isOpen && !isStuck && !d.ends && (d.trouble == nil && !b.isStored() || b.body == nil)
 	}
 	b = q.line.first(func(b *batch) bool { return !b.isOut && (b.body != nil || owes(b)) })
 	return b, b != nil && owes(b)
@@ -431,8 +431,8 @@ func (q *queue) left() (inFiles, inMemory, dropped int) {
 func (q *queue) hangs() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	isOut := func(b *batch) bool { return b.isOut }
-	return slices.ContainsFunc(q.line.batches, isOut) && time.Since(q.progress) > maxFlight
+	out := q.line.first(func(b *batch) bool { return b.isOut })
+	return out != nil && time.Since(q.progress) > maxFlight
 }
 
 // own returns the queue's own metrics, for the host with this name in its metrics.

@@ -140,7 +140,7 @@ func TestQueueIsBounded(t *testing.T) {
 		until := inUTC(points(1_000_000+100*(lost+more-1), 1)[0].time)
 		logged(t, log, 1, fmt.Sprintf(`level=ERROR msg="no room for more metrics, `+
 			`dropping the oldest" metrics=%d from=%s until=%s limit=1MiB`, 100*more, from, until))
-		// The batch in flight is not dropped: it may just arrive.
+		// The batch in flight is not dropped: it may just have been accepted.
 		first, _ := q.next(true)
 		held = len(q.line.batches)
 		q.fill(4*fit+2, 1)

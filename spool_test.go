@@ -184,21 +184,6 @@ func TestSpoolIsBounded(t *testing.T) {
 	})
 }
 
-// An existing file is not replaced.
-func TestSpoolReplacesNoFile(t *testing.T) {
-	dir := newDir(t)
-	q, _ := (&receiver{}).spooled(t, dir)
-	theirs := filepath.Join(dir, "20261123T045440Z-0000000001-1.json.gz")
-	harness.Must(t, os.WriteFile(theirs, []byte("theirs"), 0o600))
-	q.put(points(0, 1))
-	if got, err := os.ReadFile(theirs); err != nil || string(got) != "theirs" {
-		t.Errorf("it holds %q, %v", got, err)
-	}
-	if n := len(files(t, dir)); n != 2 {
-		t.Errorf("%d files", n)
-	}
-}
-
 // A daemon whose folder was removed keeps metrics in memory, and leaves alone what another one has
 // in its place.
 func TestSpoolSurvivesARemovedFolder(t *testing.T) {
