@@ -163,7 +163,8 @@ func (b *backstop) pause(ctx context.Context) error {
 func (b *backstop) request(ctx context.Context, body []byte) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, b.timeout, noAnswer(b.timeout))
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url.String(), bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, b.url.String(),
+		bytes.NewReader(body))
 	if err != nil {
 		return err
 	}

@@ -115,10 +115,10 @@ func TestPostFailures(t *testing.T) {
 			`^answer 500 Internal Server Error: ü{100}$`},
 		{"moved to a bad address", docker, badAddress, fixIt, `^answer 302 Found$`},
 		{"secrets across the cut", docker, answer(500, long[:195]+"password"), tryAgain,
-			`^answer 500 Internal Server Error: x{195}xxxxx$`},
+			`^answer 500 Internal Server Error: xxxxx$`},
 		{"secrets repeated", docker,
 			answer(500, "bad: Basic dXNlcjpwYXNzd29yZA== (password)"), tryAgain,
-			`^answer 500 Internal Server Error: bad: Basic xxxxx \(xxxxx\)$`},
+			`^answer 500 Internal Server Error: xxxxx$`},
 	} {
 		auth := "user:other"
 		if test.path != docker {

@@ -37,6 +37,8 @@ func check(ctx context.Context, c *collector) (text string, ok bool, err error) 
 			metrics, remark = "-", "dropped"
 		case known.err != nil:
 			remark = "left out: " + errorText(known.err)
+		case c.containers.rules.needHost() && !c.containers.rules.hasHost(known.rule):
+			remark = "no ${host} in it: collides with a container of that name on another host"
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\n", fit(known.name, maxForeign), rule,
 			cmp.Or(known.category, "-"), metrics, fit(remark, maxShown))

@@ -428,7 +428,7 @@ func decodeLoosely[T any](body []byte, into *T) error {
 		}
 	}
 	*into = *new(T)
-	err := json.Unmarshal(body, into)
+	err := json.NewDecoder(bytes.NewReader(body)).Decode(into) // of more values, the first
 	var kind *json.UnmarshalTypeError
 	switch whole := reflect.TypeFor[T](); {
 	case !errors.As(err, &kind):
@@ -545,7 +545,9 @@ func decodeEvents(body []byte) (all []event, err error) {
 		if err != nil && !errors.As(err, new(*json.UnmarshalTypeError)) {
 			return nil, fmt.Errorf("the events: %w", err)
 		}
-		all = append(all, one)
+		if all = append(all, one); len(all) > maxEntries {
+			return nil, errTooMany
+		}
 	}
 }
 
@@ -582,6 +584,9 @@ func ask[T any](ctx context.Context, e *engine, path string, into *T) (http.Head
 	header, err := e.get(ctx, path, &body)
 	if err != nil {
 		return nil, err
+	}
+	if body.scan(); body.entries > maxEntries {
+		return nil, errTooMany
 	}
 	if err := decodeLoosely(body.text, into); err != nil {
 		return nil, fmt.Errorf("the answer is not what was asked for: %w", err)
@@ -640,6 +645,8 @@ func (a *apiError) Error() string {
 	}
 	return text
 }
+
+var errTooMany = fmt.Errorf("the answer has over %d entries", maxEntries)
 
 // statusOf returns the status of an *apiError, 0 for another error.
 func statusOf(err error) int {
@@ -704,7 +711,8 @@ func engineHint(err error) string {
 			return "; give the container the group of the socket: " +
 				"--group-add $(stat -c %g /var/run/docker.sock)"
 		}
-		return "; add this user to the group that owns the socket: usermod -aG docker USER"
+		return "; add this user to the group that owns the socket, and log in again: " +
+			"usermod -aG docker USER"
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, docker.ErrConnectionRefused),
 		says("refused"), says("no such host"):
 		if name, endpoint := dockerContext(); endpoint != "" && errors.Is(err, fs.ErrNotExist) {

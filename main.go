@@ -99,6 +99,9 @@ func run(opts *options, log *slog.Logger) error {
 	if opts.once {
 		return p.once(polling, sending)
 	}
+	if opts.prints {
+		log.Info("metrics are only printed, as neither --backstop nor SRV_BACKSTOP is set")
+	}
 	p.daemon(polling, sending, opts.poll)
 	return nil
 }
@@ -199,7 +202,7 @@ func (p *pipeline) once(polling, sending context.Context) error {
 	}
 	err := p.await(p.deliver(sending), sending)
 	if !p.delivery.to.remote && len(result.metrics) > 0 { // somebody tries it
-		p.log.Warn("cpu.percent needs two polls, so --once has none")
+		p.log.Warn("cpu.percent needs two polls, so --once has none: leave it out, with --poll=10s")
 	}
 	if n := result.failed + result.collisions; n > 0 {
 		err = errors.Join(err, fmt.Errorf("%d containers have no metrics", n))

@@ -50,6 +50,7 @@ const (
 // options are the values of all options, checked.
 type options struct {
 	to          destination
+	prints      bool // whether that is standard output as nothing else is set
 	engine      *engine
 	rules       rules
 	poll        time.Duration
@@ -79,12 +80,12 @@ type option struct {
 func (o *options) table() []option {
 	state, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":") // systemd may list several
 	return []option{
-		{name: "backstop", value: "URL", fallback: "-", address: true,
+		{name: "backstop", value: "URL", address: true,
 			set: into(&o.to, parseDestination),
 			help: "where to send to: an http or https URL of Backstop, with\n" +
 				"user:password@ for Basic authentication; or Carbon itself,\n" +
 				"carbon://HOST[:2003][/PREFIX]; - prints the metrics instead, as\n" +
-				"lines of Carbon's plaintext protocol (default: %s)"},
+				"lines of Carbon's plaintext protocol (default: -)"},
 		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
 			origin: "DOCKER_HOST", address: true, set: into(&o.engine, parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
@@ -102,7 +103,8 @@ func (o *options) table() []option {
 		{name: "poll", value: "DURATION", fallback: "60s", set: into(&o.poll, parsePoll),
 			help: "how often, such as 10s, 1m or 1m30s (default: %s)"},
 		{name: "host", value: "NAME", set: into(&o.host, parseHost),
-			help: "the prefix of this host's own metrics\n(default: the engine's name for its host)"},
+			help: "the prefix of this host's own metrics\n" +
+				"(default: the engine's name for its host)"},
 		{name: "per", value: "LIST", set: into(&o.per, parseDetails),
 			help: "finer series as well: core, interface, device, or several with\n" +
 				"commas between (default: none)"},
@@ -183,6 +185,9 @@ func parseOptions(args []string) (*options, error) {
 			return nil, err
 		}
 	}
+	if o.prints = o.to.post == nil; o.prints {
+		o.to = printer(os.Stdout)
+	}
 	// A container that hangs must not delay the next poll.
 	o.engine.timeout = min(maxCall, o.poll-o.poll/10)
 	return o, nil
@@ -211,6 +216,8 @@ func (opt *option) parse(flags map[string]string) error {
 	case from == variable+"_FILE" && !opt.address: // it may be another file, with a secret in it
 		return fmt.Errorf("%s: the content of %s, not shown here, is no value for --%s; see --help",
 			from, shown(os.Getenv(from)), opt.name)
+	case errors.As(err, new(misquoted)):
+		return fmt.Errorf("%s: %s: %w", from, quoting(from), err)
 	}
 	return fmt.Errorf("%s: %w", from, err)
 }
@@ -237,7 +244,15 @@ func parseFlags(table []option, args []string) (map[string]string, error) {
 		// Its text has no values in it, but a user may have typed --backstop:URL.
 		what, name, _ := strings.Cut(err.Error(), ": ")
 		name, _, _ = strings.Cut(name, ":")
-		return nil, fmt.Errorf("%s: %s; options are written --name=value; see --help", what, name)
+		if name == "-rules" { // in the last version of 2015
+			return nil, errors.New("--rules is called --prefix now; the list stays the same")
+		}
+		var names []string
+		for _, opt := range table {
+			names = append(names, "--"+opt.name)
+		}
+		return nil, fmt.Errorf("%s: %s; options are written --name=value; there are %s", what, name,
+			strings.Join(names, ", "))
 	}
 	if flags.NArg() > 0 {
 		stray := shown(flags.Arg(0))
@@ -317,7 +332,12 @@ func (o *options) warnOfVariables(log *slog.Logger) {
 	}
 	for _, entry := range os.Environ() {
 		name, value, _ := strings.Cut(entry, "=")
-		if strings.HasPrefix(name, "SRV_") && value != "" && !known[name] {
+		switch {
+		case !strings.HasPrefix(name, "SRV_") || value == "" || known[name]:
+		case name == "SRV_RULES" && o.rules == nil:
+			log.Warn("SRV_RULES, of this tool's last version of 2015, has no effect: " +
+				"call it SRV_PREFIX")
+		case name != "SRV_RULES":
 			log.Warn("unknown environment variable ignored, see --help", "variable", name)
 		}
 	}

@@ -71,8 +71,13 @@ func (rs rules) see(from string) bool {
 }
 
 // needHost reports whether the name of the host may be in a path.
-func (rs rules) needHost() bool {
-	return slices.ContainsFunc(rs, func(r rule) bool { return strings.Contains(r.into, "host") })
+func (rs rules) needHost() bool { return slices.ContainsFunc(rs, rule.hasHost) }
+
+// hasHost reports whether the rule with that number, counted from 1, puts it there.
+func (rs rules) hasHost(number int) bool { return number > 0 && rs[number-1].hasHost() }
+
+func (r rule) hasHost() bool {
+	return strings.Contains(r.into, "${host}") || strings.Contains(r.into, "$host")
 }
 
 // categories returns the categories of all rules, each once.

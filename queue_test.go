@@ -345,14 +345,14 @@ func TestStoreIsSlow(t *testing.T) {
 	t.Parallel()
 	down := true
 	r := &receiver{fail: unreachableWhile(&down)}
-	q, log := r.spooled(t, newDir(t))
+	q, _ := r.spooled(t, newDir(t))
 	q.pauses = newPauses(pace{time.Millisecond, time.Millisecond, time.Millisecond})
 	q.put(points(0, 1))
 	q.put(points(1, 1))
 	q.try(t)
 	q.kill() // now they are on the disk only
 	down = false
-	q, log = r.spooled(t, q.spool.dir) // the first is read ahead
+	q, log := r.spooled(t, q.spool.dir) // the first is read ahead
 	q.works.Lock()
 	done := make(chan error, 1)
 	go func() { done <- q.deliver(t.Context()) }()

@@ -11,15 +11,29 @@ import (
 	"unicode"
 )
 
-// quoting shows how to get a rule unharmed through a shell or systemd, as docs/names.md does.
-// Each form was tried.
-const quoting = `put the whole of it in single quotes; ` +
-	`in a shell: --prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
-	`in a systemd unit, with the backslashes doubled again: ` +
-	`'--prefix={"regexp":"(.*)\\\\..*\\\\.(.*)\\\\..*","into":"$1.$2"}'; ` +
-	`in a systemd EnvironmentFile: ` +
-	`SRV_PREFIX='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'; ` +
-	`or put it into a file: --prefix=@/etc/docker-stats-to-backstop.json`
+// How a rule gets unharmed through a shell or systemd, as docs/names.md has it. Each was tried.
+const (
+	quotedInShell    = `--prefix='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'`
+	quotedInUnit     = `'--prefix={"regexp":"(.*)\\\\..*\\\\.(.*)\\\\..*","into":"$1.$2"}'`
+	quotedAsVariable = `SRV_PREFIX='{"regexp":"(.*)\\..*\\.(.*)\\..*","into":"$1.$2"}'`
+)
+
+// misquoted says what is wrong with a rule of which a shell or systemd has removed something.
+type misquoted string
+
+func (m misquoted) Error() string { return string(m) }
+
+// quoting says what to do about that, where a rule came from an option or a variable.
+func quoting(from string) string {
+	how := quotedInShell
+	switch {
+	case !strings.HasPrefix(from, "--"):
+		how = quotedAsVariable
+	case os.Getenv("INVOCATION_ID") != "": // of systemd
+		how = quotedInUnit
+	}
+	return "put it in single quotes, as in " + how + ", or into a file: --prefix=@FILE"
+}
 
 // form is the remedy of errors that have no better one.
 const form = `the form is {"regexp":"…","into":"…"}, or a list of such: [{…},{…}]`
@@ -112,12 +126,13 @@ func (s ruleSource) at(offset int) string {
 	return fmt.Sprintf("line %d, column %d", line, column)
 }
 
-// remedy says how to keep backslashes.
-func (s ruleSource) remedy() string {
-	if s.file == "" {
-		return "systemd or a shell removed it, or it was never there; " + quoting
+// backslash says that there is one too few, which only a file keeps as it is.
+func (s ruleSource) backslash(format string, args ...any) error {
+	what := fmt.Sprintf(format, args...)
+	if s.file != "" {
+		return errors.New(what + ": in JSON, write each of them twice")
 	}
-	return "in JSON, write each of them twice"
+	return misquoted(what + ": a shell or systemd removed the other one, or it was never there")
 }
 
 // explain says what to do about an error of encoding/json.
@@ -130,11 +145,11 @@ func (s ruleSource) explain(err error) error {
 	case s.text == "":
 		return errors.New("empty; " + form)
 	case s.file == "" && unquoted:
-		return fmt.Errorf("it arrived without its double quotes, as %s: "+
-			"systemd or a shell removed them; %s", oneLine(s.text), quoting)
+		return misquoted(fmt.Sprintf("it arrived without its double quotes, as %s: "+
+			"a shell or systemd removed them", oneLine(s.text)))
 	case strings.Contains(err.Error(), "in string escape code"):
-		return fmt.Errorf(`there is a single backslash before %s, `+
-			`and the \. of a regexp is \\. in JSON: %s`, at, s.remedy())
+		return s.backslash(`there is a single backslash before %s, `+
+			`and the \. of a regexp is \\. in JSON`, at)
 	case strings.Contains(err.Error(), "after top-level value"):
 		return fmt.Errorf("something follows the JSON, at %s; leave only the rule or the list", at)
 	case strings.Contains(err.Error(), "unexpected end"):
@@ -178,8 +193,8 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	for _, text := range []string{*given.Regexp, r.into, r.from, r.category} {
 		// In JSON, \b is a backspace and \t a tab. Neither a name nor a regexp has these.
 		if strings.ContainsFunc(text, unicode.IsControl) {
-			return r, fmt.Errorf("there is a single backslash, "+
-				"which JSON takes for a control character, in %s: %s", oneLine(string(raw)), s.remedy())
+			return r, s.backslash("there is a single backslash, "+
+				"which JSON takes for a control character, in %s", oneLine(string(raw)))
 		}
 	}
 	err = compileRule(&r, *given.Regexp)
@@ -199,9 +214,8 @@ func compileRule(r *rule, pattern string) (err error) {
 		return err
 	}
 	if isEmptied(r, pattern) {
-		const wrong = `"into" is only %q, and no group is in it: ` +
-			"a shell removed those, such as $1, if the rule was in double quotes; %s"
-		return fmt.Errorf(wrong, r.into, quoting)
+		return misquoted(fmt.Sprintf(`"into" is only %q, and no group is in it: `+
+			"a shell removed those, such as $1, if the rule was in double quotes", r.into))
 	}
 	if r.category == "" {
 		return nil
@@ -212,8 +226,8 @@ func compileRule(r *rule, pattern string) (err error) {
 		return fmt.Errorf("the category %q is taken: "+
 			"<host>.containers.%[1]s is another figure; choose another name", r.category)
 	case "max", "min", "count":
-		return fmt.Errorf("no category can be called %q: "+
-			"Carbon aggregates metrics with such an ending differently; choose another name", r.category)
+		return fmt.Errorf("no category can be called %q: Carbon aggregates metrics "+
+			"with such an ending differently; choose another name", r.category)
 	}
 	return nil
 }
@@ -293,8 +307,8 @@ func checkTemplate(template string, re *regexp.Regexp) error {
 				remedy = fmt.Sprintf("write ${%s}%s, since a group's name goes on "+
 					"as long as there are letters, digits and underscores", braced, rest)
 			}
-			return fmt.Errorf(`in "into": %s names the group %q, which the regexp does not have; %s`,
-				template[i:i+length], group, remedy)
+			return fmt.Errorf(`in "into": %s names the group %q, `+
+				`which the regexp does not have; %s`, template[i:i+length], group, remedy)
 		}
 		i += length
 	}

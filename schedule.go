@@ -65,9 +65,9 @@ func poll(ctx context.Context, current func() schedule, sweep func(context.Conte
 		switch {
 		case took >= s.every:
 			if slow.IsZero() {
-				log.Warn("a poll took longer than --poll, skipping polls: "+
-					"make --poll longer",
-					"took", took.Round(time.Millisecond), "poll", s.every, "skipped", int(took/s.every))
+				log.Warn("a poll took longer than --poll, skipping polls: make --poll longer",
+					"took", took.Round(time.Millisecond), "poll", s.every,
+					"skipped", int(took/s.every))
 			}
 			slow = time.Now()
 		case !slow.IsZero() && time.Since(slow) > max(slowFor, 2*s.every):

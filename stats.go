@@ -86,6 +86,16 @@ type network struct {
 	TxDropped count `json:"tx_dropped"`
 }
 
+// counts returns all of n, in the order of networkNames.
+func (n *network) counts() [8]*count {
+	return [...]*count{&n.RxBytes, &n.RxPackets, &n.RxErrors, &n.RxDropped,
+		&n.TxBytes, &n.TxPackets, &n.TxErrors, &n.TxDropped}
+}
+
+var networkNames = [8]string{".network.rx_bytes", ".network.rx_packets", ".network.rx_errors",
+	".network.rx_dropped", ".network.tx_bytes", ".network.tx_packets", ".network.tx_errors",
+	".network.tx_dropped"}
+
 // blkioStats lists operations on block devices. What was not sent is nil.
 type blkioStats struct {
 	Bytes []blkioEntry `json:"io_service_bytes_recursive"`
@@ -143,8 +153,8 @@ func parseDetails(list string) (per details, err error) {
 			per.device = true
 		case "":
 		default:
-			return per, fmt.Errorf("there are no series per %s; "+
-				"write core, interface, device, or several of them with commas between", shown(name))
+			return per, fmt.Errorf("there are no series per %s; write core, interface, device, "+
+				"or several of them with commas between", shown(name))
 		}
 	}
 	return per, nil
@@ -281,14 +291,10 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 	}
 	var total network
 	for _, n := range s.Networks {
-		total.RxBytes = sum(total.RxBytes, n.RxBytes)
-		total.RxPackets = sum(total.RxPackets, n.RxPackets)
-		total.RxErrors = sum(total.RxErrors, n.RxErrors)
-		total.RxDropped = sum(total.RxDropped, n.RxDropped)
-		total.TxBytes = sum(total.TxBytes, n.TxBytes)
-		total.TxPackets = sum(total.TxPackets, n.TxPackets)
-		total.TxErrors = sum(total.TxErrors, n.TxErrors)
-		total.TxDropped = sum(total.TxDropped, n.TxDropped)
+		for i, c := range n.counts() {
+			*c = sum(*total.counts()[i], *c)
+		}
+		total = n
 	}
 	f.network("", &total)
 	if !perInterface {
@@ -305,14 +311,9 @@ func (f *flattener) networks(s *stats, perInterface bool) {
 }
 
 func (f *flattener) network(iface string, n *network) {
-	f.addOf(iface, ".network.rx_bytes", n.RxBytes)
-	f.addOf(iface, ".network.rx_packets", n.RxPackets)
-	f.addOf(iface, ".network.rx_errors", n.RxErrors)
-	f.addOf(iface, ".network.rx_dropped", n.RxDropped)
-	f.addOf(iface, ".network.tx_bytes", n.TxBytes)
-	f.addOf(iface, ".network.tx_packets", n.TxPackets)
-	f.addOf(iface, ".network.tx_errors", n.TxErrors)
-	f.addOf(iface, ".network.tx_dropped", n.TxDropped)
+	for i, c := range n.counts() {
+		f.addOf(iface, networkNames[i], *c)
+	}
 }
 
 // addOf adds a metric of a part, such as "eth0": .network.eth0.rx_bytes. For the whole, that is "",
@@ -381,7 +382,8 @@ func (b *blkioStats) byDevice() (order []device, on map[device]*blkioStats) {
 
 func (b *blkioStats) sums() diskIO {
 	return diskIO{
-		sumOf(b.Bytes, "read"), sumOf(b.Bytes, "write"), sumOf(b.Ops, "read"), sumOf(b.Ops, "write"),
+		sumOf(b.Bytes, "read"), sumOf(b.Bytes, "write"),
+		sumOf(b.Ops, "read"), sumOf(b.Ops, "write"),
 	}
 }
 

@@ -152,49 +152,42 @@ func (ss *secretTexts) addFrom(address string) {
 	}
 }
 
-// add adds a secret, as it is, in a query, and in Base64.
+// add adds a secret, as it is and in Base64; the padded forms begin with these.
 func (ss *secretTexts) add(secret string) {
-	texts := []string{secret, url.QueryEscape(secret)}
-	for _, coding := range []*base64.Encoding{base64.StdEncoding, base64.URLEncoding,
-		base64.RawStdEncoding, base64.RawURLEncoding} {
-		texts = append(texts, coding.EncodeToString([]byte(secret)))
-	}
-	for _, text := range texts {
+	text := []byte(secret)
+	for _, text := range []string{secret, base64.RawStdEncoding.EncodeToString(text),
+		base64.RawURLEncoding.EncodeToString(text)} {
 		if len(text) >= minSecret && !slices.Contains(*ss, text) {
 			*ss = append(*ss, text)
 		}
 	}
 }
 
-// hide returns text with a mask for each secret, or for all of it if a secret is escaped in it.
+// hide returns text, or a mask if a secret is in it, as it is or escaped.
 func (ss secretTexts) hide(text string) string {
-	for _, secret := range ss {
-		text = strings.ReplaceAll(text, secret, mask)
-	}
 	plain := unescape(text)
 	for _, secret := range ss {
-		secret = unescape(secret) // for it may look like an escape
-		if len(secret) >= minSecret && strings.Contains(plain, secret) {
+		unescaped := unescape(secret) // for it may look like an escape
+		if strings.Contains(text, secret) ||
+			len(unescaped) >= minSecret && strings.Contains(plain, unescaped) {
 			return mask
 		}
 	}
 	return text
 }
 
-var (
-	percents    = regexp.MustCompile(`(%[0-9A-Fa-f]{2})+`)
-	backslashes = regexp.MustCompile(`\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)`)
-)
+var escapes = regexp.MustCompile(
+	`(%[0-9A-Fa-f]{2})+|\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)`)
 
 // unescape returns text without the escapes of HTML, of URLs, and of Go and JSON, also where one is
-// in another.
+// in another: net/http and net/url escape what others have escaped.
 func unescape(text string) string {
 	for range 4 {
-		text = percents.ReplaceAllStringFunc(html.UnescapeString(text), func(escape string) string {
-			plain, _ := url.PathUnescape(escape) // it always is one
-			return plain
-		})
-		text = backslashes.ReplaceAllStringFunc(text, func(escape string) string {
+		text = escapes.ReplaceAllStringFunc(html.UnescapeString(text), func(escape string) string {
+			if escape[0] == '%' {
+				plain, _ := url.PathUnescape(escape) // it always is one
+				return plain
+			}
 			r, isRune, _, err := strconv.UnquoteChar(escape, 0)
 			switch {
 			case err != nil: // such as \/ and \"
@@ -204,9 +197,8 @@ func unescape(text string) string {
 			}
 			return string([]byte{byte(r)})
 		})
-		text = printable(text)
 	}
-	return text
+	return printable(text)
 }
 
 // jsonKind names what err found, in JSON's words.

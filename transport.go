@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -17,9 +18,8 @@ const (
 	maxHeader = 64 << 10
 	// maxEntries bounds a list, in containers or events: one of 32 MiB could have 10 million.
 	maxEntries = 50_000
-	// linger is how long an answer that is whole is waited for to end, so that its connection can be
-	// used again.
-	linger = 250 * time.Millisecond
+	// linger is the time between two looks at an answer that does not end.
+	linger = 125 * time.Millisecond
 )
 
 // transport holds the connections to the engine or to Backstop. Whatever the other side sends, a
@@ -56,42 +56,57 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // answer is JSON as it comes: a value or, if isStream, values one after the other. Some engines and
 // proxies keep the connection open after what was asked for. So an answer is over when it has ended
-// or, if it is whole, after linger.
+// or, if it does not, when it is whole and, as a stream, when no more comes.
 type answer struct {
 	text     []byte
 	isStream bool
-	isOpen   bool // whether it was whole, but had not ended
+	isOpen   bool // whether it was over, but had not ended
 
-	whole    int // bytes up to the end of the last whole value
+	scanned  int // bytes
+	whole    int // bytes up to the end of the first value or, of a stream, of the last one
 	depth    int // of objects and arrays
 	inString bool
 	escaped  bool
-	entries  int // of the outermost array or object, or of the stream
+	entries  int // values of a stream, or of the outermost array or object
 }
 
 // read reads the answer from r. cancel ends a Read.
 func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
-	var late *time.Timer
-	for {
-		if late == nil && (a.isStream || a.whole > 0) {
-			late = time.AfterFunc(linger, cancel)
-			defer late.Stop()
-		}
-		a.text = slices.Grow(a.text, 512)
-		n, err := r.Read(a.text[len(a.text):cap(a.text)])
-		a.scan(n)
-		if a.isStream && n > 0 {
+	var (
+		mu   sync.Mutex  // of a and late
+		late *time.Timer // nil when read has returned
+	)
+	mu.Lock()
+	defer mu.Unlock()
+	late = time.AfterFunc(linger, func() { // most answers have ended by then
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case late == nil:
+		case a.isOver():
+			a.isOpen = true
+			cancel()
+		default:
 			late.Reset(linger)
 		}
+	})
+	defer func() { late.Stop(); late = nil }()
+	for {
+		if cap(a.text)-len(a.text) < 512 {
+			a.text = slices.Grow(a.text, max(8<<10, len(a.text))) // most have less
+		}
+		free := a.text[len(a.text):cap(a.text)]
+		mu.Unlock()
+		n, err := r.Read(free)
+		mu.Lock()
+		a.text = a.text[:len(a.text)+n]
 		var long *http.MaxBytesError
 		switch {
 		case errors.Is(err, io.EOF):
 			return nil
-		case a.entries > maxEntries:
-			return fmt.Errorf("the answer has over %d entries", maxEntries)
-		case errors.As(err, &long) && (a.isStream || a.whole == 0):
+		case errors.As(err, &long):
 			return fmt.Errorf("the answer has over %d MiB", long.Limit>>20)
-		case err != nil && late != nil:
+		case err != nil && (a.isOpen || a.isStream && a.scan() > 0):
 			a.text, a.isOpen = a.text[:a.whole], true
 			return nil
 		case err != nil:
@@ -100,33 +115,45 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 	}
 }
 
-// scan looks at n bytes more. What follows a value that was asked for is left out.
-func (a *answer) scan(n int) {
-	start := len(a.text)
-	a.text = a.text[:start+n]
-	for i, c := range a.text[start:] {
-		switch {
-		case a.escaped:
-			a.escaped = false
-		case a.inString:
-			a.escaped, a.inString = c == '\\', c != '"'
-		case c == '"':
-			a.inString = true
-		case c == '{' || c == '[':
-			a.depth++
-		case c == '}' || c == ']':
-			if a.depth--; a.depth > 0 || !a.isStream && a.whole > 0 {
-				continue
-			}
-			a.whole = start + i + 1
-			a.entries++
-		case c == ',' && a.depth == 1 && !a.isStream:
+// isOver reports whether an answer that has not ended is over.
+func (a *answer) isOver() bool {
+	before := a.scanned
+	whole := a.scan()
+	if a.isStream {
+		return a.depth == 0 && a.scanned == before
+	}
+	return whole > 0
+}
+
+// scan looks at what came since the last time, and returns how much is whole.
+func (a *answer) scan() int {
+	for ; a.scanned < len(a.text) && (a.isStream || a.whole == 0); a.scanned++ {
+		if a.take(a.text[a.scanned]) {
+			a.whole = a.scanned + 1
 			a.entries++
 		}
 	}
-	if !a.isStream && a.whole > 0 {
-		a.text = a.text[:a.whole]
+	return a.whole
+}
+
+// take takes over a byte, and reports whether a value ends with it.
+func (a *answer) take(c byte) (isEnd bool) {
+	switch {
+	case a.escaped:
+		a.escaped = false
+	case a.inString:
+		a.escaped, a.inString = c == '\\', c != '"'
+	case c == '"':
+		a.inString = true
+	case c == '{', c == '[':
+		a.depth++
+	case c == '}', c == ']':
+		a.depth--
+		return a.depth == 0
+	case c == ',' && a.depth == 1 && !a.isStream:
+		a.entries++
 	}
+	return false
 }
 
 // lacksTLS reports whether err says that the other side does not speak TLS.

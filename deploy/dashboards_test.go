@@ -628,4 +628,11 @@ func TestMigrationNamesMetrics(t *testing.T) {
 	if n < 50 {
 		t.Errorf("docs/migration.md names only %d metrics", n)
 	}
+	// The name that it works out is the one that the recipe makes.
+	recipe := regexp.MustCompile("(?m)^\\| a fleet of Compose projects, .* \\| `([^`|]+)\\.\\*` \\|$").
+		FindStringSubmatch(harness.ReadFile(t, "docs/names.md"))
+	if recipe == nil || !strings.Contains(harness.ReadFile(t, "docs/migration.md"),
+		"| `docker."+recipe[1]+".cpu.percent` |") {
+		t.Errorf("docs/names.md makes %q, docs/migration.md something else", recipe)
+	}
 }

@@ -5,6 +5,7 @@ package deploy_test
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -491,8 +492,8 @@ func composeTakes(t *testing.T, name string) {
 	t.Helper()
 	// What Compose itself reads its files with.
 	compose := exec.Command("go", "run", "github.com/compose-spec/compose-go/v2/cmd@v2.16.2",
-		"-format=json", "deploy/"+name)
-	compose.Dir = harness.Top(t)
+		"-format=json", name)
+	compose.Dir = filepath.Join(harness.Top(t), "deploy") // where docker compose begins paths
 	compose.Env = append(os.Environ(), "GOFLAGS=")
 	out, err := compose.Output()
 	if exit := new(exec.ExitError); errors.As(err, &exit) && strings.Contains(string(exit.Stderr),
@@ -502,7 +503,10 @@ func composeTakes(t *testing.T, name string) {
 		harness.Cannot(t, "compose-go cannot be had: %v", err)
 	}
 	var file struct {
-		Services map[string]struct{ Environment map[string]string }
+		Services map[string]struct {
+			Environment map[string]string
+			Volumes     []struct{ Source, Target string }
+		}
 	}
 	harness.Must(t, json.Unmarshal(out, &file))
 	daemon := file.Services[harness.Program].Environment
@@ -514,6 +518,22 @@ func composeTakes(t *testing.T, name string) {
 	}
 	if daemon["SRV_BACKSTOP"] != want {
 		t.Errorf("SRV_BACKSTOP is %s, want %s", daemon["SRV_BACKSTOP"], want)
+	}
+	// Carbon keeps what the daemon sends, as docs/graphite.md has it.
+	mounted := map[string]string{} // by target
+	for _, v := range file.Services["graphite"].Volumes {
+		mounted[v.Target] = v.Source
+	}
+	for _, conf := range []string{schemasFile, aggregationFile} {
+		target := "/opt/graphite/conf/" + filepath.Base(conf)
+		if want := filepath.Join(harness.Top(t), conf); mounted[target] != want {
+			t.Errorf("graphite has %q at %s, not %s", mounted[target], target, want)
+		}
+	}
+	schemas := confSections(t, harness.ReadFile(t, schemasFile))
+	kept := sectionOf(schemas, "docker.").values["retentions"]
+	if poll := cmp.Or(daemon["SRV_POLL"], "60s"); !strings.HasPrefix(kept, poll+":") {
+		t.Errorf("polls are %s apart, and Carbon keeps %s", poll, kept)
 	}
 	help, err := exec.Command(harness.Program, "--help").CombinedOutput()
 	harness.Must(t, err)

@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -206,15 +207,76 @@ func TestNothingHappensBetweenSweeps(t *testing.T) {
 	}
 }
 
-func BenchmarkAgainstTheFloor(b *testing.B) {
-	// As it is released, and not with the race detector.
-	binary := filepath.Join(b.TempDir(), harness.Program)
+// released returns the daemon as it is released, and not with the race detector.
+func released(b *testing.B) (binary string) {
+	b.Helper()
+	binary = filepath.Join(b.TempDir(), harness.Program)
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", binary, ".")
 	build.Dir = harness.Top(b)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("%v %s", err, out)
 	}
+	return binary
+}
+
+// The daemon and the Telegraf that $TELEGRAF names, by turns: 100 real containers, for a Carbon
+// that throws everything away.
+func BenchmarkBesideTelegraf(b *testing.B) {
+	telegraf := os.Getenv("TELEGRAF")
+	if telegraf == "" {
+		b.Skip("script/bench telegraf makes one")
+	}
+	e := harness.Usual(b)
+	crowd(b, e, 100)
+	carbon, err := net.Listen("tcp", "127.0.0.1:0")
+	harness.Must(b, err)
+	defer carbon.Close()
+	go func() {
+		for {
+			conn, err := carbon.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				io.Copy(io.Discard, conn)
+			}()
+		}
+	}()
+	address := carbon.Addr().String()
+	config := filepath.Join(b.TempDir(), "telegraf.conf")
+	// Series for each core are left out, as they are here. One write a poll shows when it is over.
+	harness.Must(b, os.WriteFile(config, fmt.Appendf(nil, `[agent]
+interval = "5s"
+flush_interval = "5s"
+metric_batch_size = 5000
+debug = true
+[[inputs.docker]]
+endpoint = %q
+perdevice_include = []
+[[outputs.graphite]]
+servers = [%q]
+`, e.Address, address), 0o600))
+	wrote := regexp.MustCompile(`Wrote batch of (?:[2-9]\d\d|\d{4}) metrics in (\S+)`)
+	polled := regexp.MustCompile(`msg=polled .*took=(\S+)`)
+	binary := released(b)
+	for b.Loop() {
+		for range 2 { // the second time counts
+			theirs := measure(b, exec.Command(telegraf, "--config", config), 10, wrote, wrote, nil)
+			ours := measure(b, exec.Command(binary, "--docker="+e.Address, "--poll=5s", "--verbose",
+				"--backstop=carbon://"+address+"/docker"), 10, polled, polled, nil)
+			for unit, c := range map[string]costs{"telegraf": theirs, "ours": ours} {
+				b.ReportMetric(float64(c.cpu.Microseconds())/1000, unit+"-cpu-ms")
+				b.ReportMetric(float64(c.peak)/1024, unit+"-MiB")
+			}
+		}
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+func BenchmarkAgainstTheFloor(b *testing.B) {
+	binary := released(b)
 	s := harness.NewStandIn(b)
 	s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
 	var base costs

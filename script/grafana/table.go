@@ -50,11 +50,13 @@ const (
 		`$prefix.**.memory.working_set), 10), '$prefix\.(.*)\.memory\.working_set', '\1')`
 	heldBack = "alias(asPercent(perSecond($prefix.$container.cpu.throttling.throttled_periods), " +
 		"perSecond($prefix.$container.cpu.throttling.periods)), 'of the periods of its limit')"
-	restarts = "alias(consolidateBy(nonNegativeDerivative($prefix.$container.restarts), 'sum'), " +
-		"'restarts')"
-	limitReached = "alias(consolidateBy(nonNegativeDerivative($prefix.$container.memory.failcnt), " +
-		"'sum'), 'memory limit reached')"
 )
+
+// grew counts what happened in the container between two points.
+func grew(counter, legend string) string {
+	return "alias(consolidateBy(nonNegativeDerivative($prefix.$container." + counter +
+		"), 'sum'), '" + legend + "')"
+}
 
 // happened counts events of the host between two points.
 func happened(event, legend string) string {
@@ -97,7 +99,7 @@ var rows = []row{
 			unit: "short", width: 6, height: 4,
 			number: &number{reduce: "sum",
 				colours: []dashboard.Threshold{atFirst("green"), from(1, "red")}},
-			queries: []string{restarts}},
+			queries: []string{grew("restarts", "restarts")}},
 		{title: "Memory now, of its limit", unit: "percent", width: 6, height: 4,
 			number: &number{reduce: "lastNotNull",
 				colours: []dashboard.Threshold{atFirst("green"), from(80, "orange"), from(95, "red")}},
@@ -137,8 +139,11 @@ var rows = []row{
 		{title: "Processes and threads", unit: "short", width: 6, height: 8, queries: []string{
 			"alias($prefix.$container.pids.current, 'now')",
 			"alias($prefix.$container.pids.limit, 'limit')"}},
-		{title: "Restarts, memory limit reached", unit: "short", width: 6, height: 8, bars: true,
-			queries: []string{restarts, limitReached}},
+		{title: "Restarts, OOM kills, failed exits",
+			about: "OOM kills and failed exits also of containers that are gone, under this name.",
+			unit:  "short", width: 6, height: 8, bars: true, queries: []string{
+				grew("restarts", "restarts"), grew("oom_kills", "OOM kills"),
+				grew("failed_exits", "ended with an error")}},
 	}},
 	{"docker-stats-to-backstop on $host", []panel{
 		{title: "Time a poll takes", unit: "ns", width: 6, height: 8,
