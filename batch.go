@@ -21,15 +21,26 @@ const (
 	diskBlock = 4 << 10
 )
 
-// batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep. Its body
-// is in memory, in its file, or in both.
+// batch is kept and delivered as one: the metrics of a sweep, or a part of a large sweep. These
+// are its states; a body is packed while others go first:
+//
+//	body   file    it is
+//	whole  -       new, or the disk fails, hangs or is not used
+//	whole  whole   fresh, or next: what was put, or read ahead, is sent without reading it again
+//	-      whole   late: it has to be read first
+//	part   whole   what is left after a part arrived or was bad; after a crash all is sent again
+//	part   -       the same, without a file; if it is written, the file has the part
+//
+// Each of them may be out: then delivery has the body as well, and posts it, or Carbon has yet to
+// confirm it. It is neither handed out again nor dropped.
 type batch struct {
 	oldest int64  // the oldest time among its metrics, in Unix seconds
 	count  int    // metrics that are still to be delivered
-	body   []byte // these, perhaps packed; nil if only the file has them
+	body   []byte // these; nil if only the file has them
 	file   file   // in the spool; without a name if there is none
 	isLate bool   // whether it waits behind those that are fresh
 	isOut  bool   // whether delivery has it
+	failed int    // how often delivery failed
 }
 
 // file is one in the folder of the spool.
@@ -88,8 +99,13 @@ func (b *batch) putBack(left []byte) (gone int) {
 	return gone
 }
 
-func (b *batch) hasRead(body []byte) { b.body = body }
-func (b *batch) hasWritten(f file)   { b.file = f }
+// hasRead takes the body from the file of b, whose name may have another count: users may touch it.
+func (b *batch) hasRead(body []byte) {
+	b.body, b.count = body, countOf(body)
+	b.file.metrics = b.count
+}
+
+func (b *batch) hasWritten(f file) { b.file = f }
 
 // line is batches in the order of their age, and whose turn it is.
 type line struct {
@@ -119,13 +135,24 @@ func (l *line) remove(b *batch) {
 
 func (l *line) hasLate() bool { return len(l.batches) > 0 && l.batches[0].isLate }
 
-// delay makes b late and, because of trouble if there is any, all others. What is late waits in
-// little memory.
+// delay makes b late. In trouble b has failed, and all others are late, too.
 func (l *line) delay(b *batch, trouble string) {
 	b.isLate = true
-	l.trouble = cmp.Or(trouble, l.trouble)
+	if trouble != "" {
+		l.trouble = trouble
+		b.failed++
+	}
 	for _, b := range l.batches {
-		if b.isLate = b.isLate || l.trouble != ""; b.isLate {
+		b.isLate = b.isLate || l.trouble != ""
+	}
+	l.shrink()
+}
+
+// shrink keeps little of what is late in memory, but for the one that goes next.
+func (l *line) shrink() {
+	next := l.first(func(b *batch) bool { return b.isLate && !b.isOut })
+	for _, b := range l.batches {
+		if b.isLate && b != next {
 			b.shrink()
 		}
 	}
@@ -134,15 +161,21 @@ func (l *line) delay(b *batch, trouble string) {
 // goOn ends the trouble.
 func (l *line) goOn() { l.trouble = "" }
 
-// first returns the first in the order of delivery that isWanted, nil for none. In trouble the
-// newest is tried.
-func (l *line) first(isWanted func(*batch) bool) *batch {
+// first returns the first in the order of delivery that isWanted, nil for none. In trouble that is
+// the one that failed least often, and of these the newest: a batch with something in it that makes
+// the receiver fail holds up no other.
+func (l *line) first(isWanted func(*batch) bool) (first *batch) {
+	if l.trouble != "" {
+		for _, b := range l.batches {
+			if isWanted(b) && (first == nil || b.failed <= first.failed) {
+				first = b
+			}
+		}
+		return first
+	}
 	fresh := len(l.batches)
 	for fresh > 0 && !l.batches[fresh-1].isLate {
 		fresh--
-	}
-	if l.trouble != "" {
-		fresh = max(fresh-1, 0)
 	}
 	for _, batches := range [][]*batch{l.batches[fresh:], l.batches[:fresh]} {
 		if i := slices.IndexFunc(batches, isWanted); i >= 0 {
@@ -161,9 +194,9 @@ func (l *line) size() (metrics int, bytes int64) {
 	return metrics, bytes
 }
 
-// cut takes off the oldest batches until the rest fits, but none that delivery has: those may just
-// arrive.
-func (l *line) cut(limit int64) (lost []*batch) {
+// drop takes off the oldest batches until the rest fits, but none that is out: the receiver may just
+// have accepted it.
+func (l *line) drop(limit int64) (lost []*batch) {
 	_, held := l.size()
 	if held > limit {
 		for _, b := range l.batches {
@@ -182,8 +215,8 @@ func (l *line) cut(limit int64) (lost []*batch) {
 	return lost
 }
 
-// onDisk returns what a file of so many bytes takes of the disk.
-func onDisk(bytes int64) int64 {
+// roomOf returns what a file of so many bytes takes of the disk.
+func roomOf(bytes int64) int64 {
 	return max(1, (bytes+diskBlock-1)/diskBlock) * diskBlock
 }
 

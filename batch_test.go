@@ -56,7 +56,7 @@ func TestSpoolHoldsADay(t *testing.T) {
 	}
 	var sweep int64
 	for some := range slices.Chunk(metrics, maxBatch) {
-		sweep += onDisk(int64(len(pack(encode(some)))))
+		sweep += roomOf(int64(len(pack(encode(some)))))
 	}
 	if day := sweep * 24 * 60; day > 256<<20 {
 		t.Errorf("%d metrics a minute are %d MiB a day", len(metrics), day>>20)

@@ -15,10 +15,10 @@ const (
 	maxLogged = 10
 	// minRequest is how many metrics a slow receiver gets at once at least. They are 10 KB.
 	minRequest = 100
-	// probes is how often in a row a metric has to be accepted until another one is to blame for being
-	// refused: more often than a receiver does that refuses every second, third or fourth request.
+	// probes is how often in a row a metric has to be accepted until another one is to blame for
+	// being refused: a receiver that refuses every second, third or fourth request never does that.
 	probes = 4
-	// settleAfter is how long batches are posted until what was is confirmed.
+	// settleAfter is how long batches are posted before we wait for their confirmation.
 	settleAfter = 15 * time.Second
 )
 
@@ -32,7 +32,7 @@ type delivery struct {
 	log    *slog.Logger
 
 	pending []*batch  // posted, but not confirmed
-	posted  time.Time // when the first of them was
+	since   time.Time // when the first of them was posted
 	last    bool      // whether the last try began after the queue was closed
 	most    int       // metrics in a request
 	good    []byte    // the last metric that was accepted, nil if none is known
@@ -42,7 +42,7 @@ type delivery struct {
 // outage is what the log says of the receiver, and of an outage when that is over.
 type outage struct {
 	worked bool  // whether anything was delivered
-	late   int   // metrics that had to wait and were delivered in it
+	waited int   // metrics that had to wait and were delivered in it
 	oldest int64 // their oldest time, in Unix seconds
 	news   news
 }
@@ -79,7 +79,7 @@ func (d *delivery) deliver(ctx context.Context) error {
 // nothing is left that can be sent.
 func (d *delivery) round(ctx context.Context) (over bool, err error) {
 	isPending := len(d.pending) > 0
-	if !isPending || time.Since(d.posted) < settleAfter {
+	if !isPending || time.Since(d.since) < settleAfter {
 		if metrics, _, _, _ := d.queue.backlog(); metrics == 0 {
 			d.rest()
 			if d.to.idle != nil {
@@ -126,7 +126,7 @@ func (d *delivery) send(ctx context.Context, b *batch, body []byte) (err error) 
 		d.delivered(b, len(f.bad), time.Since(start))
 	default:
 		if d.queue.posted(b); len(d.pending) == 0 {
-			d.posted = start
+			d.since = start
 		}
 		d.pending = append(d.pending, b)
 	}
@@ -224,7 +224,7 @@ func (d *delivery) settle(ctx context.Context) error {
 	err := d.to.confirm()
 	for _, b := range d.pending {
 		if err == nil {
-			d.delivered(b, 0, time.Since(d.posted))
+			d.delivered(b, 0, time.Since(d.since))
 		} else {
 			d.queue.putBack(b, nil, 0, errorText(err))
 		}
@@ -240,7 +240,7 @@ func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	wasLate, over := d.queue.done(b, bad, took)
 	o := &d.outage
 	if wasLate {
-		o.late += b.count - bad
+		o.waited += b.count - bad
 	}
 	if o.oldest == 0 || b.oldest < o.oldest {
 		o.oldest = b.oldest
@@ -248,17 +248,17 @@ func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	if !over {
 		return
 	}
-	after := []any{"metrics", o.late,
+	after := []any{"metrics", o.waited,
 		"lasted", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
 	switch {
 	case o.news.isNew(""):
 		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
-	case !o.worked && o.late > 0:
+	case !o.worked && o.waited > 0:
 		d.log.Info("metrics of the earlier run are delivered", after...)
 	case !o.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	o.worked, o.late, o.oldest = true, 0, 0
+	o.worked, o.waited, o.oldest = true, 0, 0
 }
 
 // logTrouble logs why metrics have to wait, and what waits, if that is news, and again each hour.

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -400,4 +401,42 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 	}
 	t.Logf("%d sweeps in %d lives, %d of them perhaps lost",
 		len(sure)+len(perhaps), lives, len(perhaps))
+}
+
+// On a disk that takes 3 s for each file, a backlog is delivered one file after the other, not one a
+// poll.
+func TestEverythingArrivesFromASlowDisk(t *testing.T) {
+	t.Parallel()
+	strace, err := exec.LookPath("strace")
+	if err != nil {
+		harness.Cannot(t, "strace makes the disk slow: %v", err)
+	}
+	binary, err := exec.LookPath(program)
+	harness.Must(t, err)
+	const backlog = 8
+	dir := t.TempDir()
+	harness.Must(t, os.Chmod(dir, 0o700))
+	command := []string{"-D", "-f", "-qq", "-o", os.DevNull, "-e", "inject=openat:delay_enter=3s"}
+	for i := range backlog {
+		path := filepath.Join(dir, fmt.Sprintf("20261123T04544%dZ-%010d-1.json.gz", i, i+1))
+		harness.Must(t, os.WriteFile(path, pack(encode(points(i, 1))), 0o600))
+		command = append(command, "-P", path, "-P", filepath.Base(path))
+	}
+	s, engine := harness.NewStandIn(t), harness.NewReplay(t, "cgroup2")
+	daemon := exec.Command(strace, append(command, binary, "--backstop="+s.URL+"/publish/docker",
+		"--docker="+engine.URL, "--poll=1h", "--host=h", "--spool="+dir)...)
+	log := &harness.Log{}
+	daemon.Stderr = log
+	harness.Must(t, daemon.Start())
+	t.Cleanup(func() {
+		daemon.Process.Kill() // with -D, it is the daemon
+		hasEnded(daemon, time.Minute)
+	})
+	start := time.Now()
+	if err := s.Await(`^web\.a `, backlog, 2*time.Minute); err != nil {
+		t.Errorf("%v\n%s", err, log)
+	}
+	if took := time.Since(start); took < (backlog-1)*3*time.Second {
+		t.Errorf("the disk was not slow: it took %s", took)
+	}
 }

@@ -13,8 +13,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -515,83 +515,62 @@ func TestLiveCarbon(t *testing.T) {
 	})
 	t.Run("the daemon is killed", func(t *testing.T) {
 		t.Parallel()
-		killTheDaemon(t, (now-24*3600)/60*60)
+		killTheDaemon(t)
 	})
 }
 
-// killTheDaemon kills the daemon at random moments. Its container has a point a minute from a time
-// on.
-func killTheDaemon(t *testing.T, from int64) {
+// killTheDaemon kills the daemon at random moments. Each sweep has a series of its own.
+func killTheDaemon(t *testing.T) {
 	binary, err := exec.LookPath(program) // see testscript.Main
 	harness.Must(t, err)
-	c := newCarbonCache(t, "60s:2d")
+	c := newCarbonCache(t, "60s:2h")
 	c.start()
-	engine := harness.NewReplay(t, "cgroup2")
-	var mu sync.Mutex
-	ticks, asked := 0, make(chan struct{}, 1)
-	answer := engine.Read("stats-one-shot-idle.json")
-	read := regexp.MustCompile(`"read":"[^"]*"`)
-	engine.On("/containers/fx-idle/stats", func(w http.ResponseWriter, _ *http.Request) {
-		mu.Lock()
-		at := time.Unix(from+int64(ticks)*60, 0).UTC().Format(time.RFC3339)
-		ticks++
-		mu.Unlock()
-		w.Write(read.ReplaceAll(answer, []byte(`"read":"`+at+`"`)))
-		select {
-		case asked <- struct{}{}:
-		default:
-		}
-	})
+	engine, clock := harness.NewReplay(t, "cgroup2"), &ticking{asked: make(chan struct{}, 1)}
+	engine.On("/containers/fx-idle/stats", clock.stats(engine))
 	var log harness.Log
 	start := func() *exec.Cmd {
-		daemon := exec.Command(binary, "--backstop=carbon://"+c.hostPort()+"/docker",
+		daemon := exec.Command(binary, "--backstop=carbon://"+c.hostPort()+"/docker", "--per=interface",
 			"--docker="+engine.URL, "--poll=500ms", "--spool="+filepath.Join(c.dir, "spool"))
 		daemon.Stderr = &log
 		harness.Must(t, daemon.Start())
+		<-clock.asked
 		return daemon
 	}
-	perhaps := map[int64]bool{} // the sweep that was under way
-	for range 10 {
+	var sampled []string // but for the sweeps that were under way
+	ended := func() {
+		clock.mu.Lock()
+		defer clock.mu.Unlock()
+		sampled = append(sampled, clock.served[:len(clock.served)-1]...)
+		clock.served = nil
+		select {
+		case <-clock.asked:
+		default:
+		}
+	}
+	const lives = 20
+	for range lives {
 		daemon := start()
-		<-asked
 		time.Sleep(rand.N(5 * time.Second)) // the random moment
 		daemon.Process.Kill()
 		daemon.Wait()
-		select {
-		case <-asked:
-		default:
-		}
-		mu.Lock()
-		perhaps[from+int64(ticks-1)*60] = true
-		mu.Unlock()
+		ended()
 	}
 	daemon := start()
-	<-asked
-	<-asked // the first is queued now
+	<-clock.asked // the first is queued now
 	daemon.Process.Signal(syscall.SIGTERM)
 	harness.Must(t, daemon.Wait())
-	mu.Lock()
-	defer mu.Unlock()
-	perhaps[from+int64(ticks-1)*60] = true
-	missing := func() (times []int64) {
-		stored := c.stored("docker.fx-idle.pids.current")
-		for n := range ticks {
-			if at := from + int64(n)*60; !perhaps[at] && stored[at] == 0 {
-				times = append(times, at)
-			}
-		}
-		return times
+	ended()
+	missing := func() []string {
+		return slices.DeleteFunc(slices.Clone(sampled), func(metric string) bool {
+			return len(c.stored("docker."+metric)) > 0
+		})
 	}
 	left := missing()
-	for range 50 { // Carbon writes when it has the time
-		if len(left) == 0 {
-			break
-		}
-		time.Sleep(200 * time.Millisecond)
-		left = missing()
+	for end := time.Now().Add(30 * time.Second); len(left) > 0 && time.Now().Before(end); left = missing() {
+		time.Sleep(200 * time.Millisecond) // Carbon writes when it has the time
 	}
 	if len(left) > 0 {
-		t.Errorf("%d are lost: %d\n%s", len(left), left, &log)
+		t.Errorf("%d of %d are lost: %q\n%s", len(left), len(sampled), left, &log)
 	}
-	t.Logf("%d sweeps in 11 lives, %d of them perhaps lost", ticks, len(perhaps))
+	t.Logf("%d sweeps in %d lives", len(sampled), lives+1)
 }

@@ -23,7 +23,7 @@ const (
 // Which goes first: batches that were put while deliveries succeed are fresh and go before all that
 // are late, so that a day's backlog does not hold up the present. What was there at the start, or
 // when a delivery failed, or was put until the next success, is late: it goes oldest first. Until
-// that success the newest is tried.
+// that success, see line.first.
 type queue struct {
 	log   *slog.Logger
 	limit int64      // of bytes
@@ -101,6 +101,7 @@ func (q *queue) put(metrics []metric) {
 			b.shrink()
 		}
 	}
+	q.line.shrink()
 	q.disk.rests = false
 	q.bound()
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
@@ -109,7 +110,7 @@ func (q *queue) put(metrics []metric) {
 // bound drops the oldest batches until the rest fits. It is called with mu held, as all that
 // follows and does not lock.
 func (q *queue) bound() {
-	lost, f := q.line.cut(q.limit), &q.figures
+	lost, f := q.line.drop(q.limit), &q.figures
 	if len(lost) == 0 {
 		return
 	}
@@ -120,7 +121,7 @@ func (q *queue) bound() {
 		f.dropped += uint64(b.count)
 		f.untold += uint64(b.count)
 		f.until = b.oldest
-		q.discard(b)
+		q.discard(b.file)
 	}
 	if f.news.isAllowed("no room") {
 		q.tellLosses()
@@ -137,21 +138,21 @@ func (q *queue) tellLosses() {
 	}
 }
 
-// discard has the file of b removed, which may make room for others.
-func (q *queue) discard(b *batch) {
-	if b.isStored() {
-		q.disk.litter = append(q.disk.litter, b.file)
+// discard has f removed, if it is a file. That may make room for others.
+func (q *queue) discard(f file) {
+	if f.name != "" {
+		q.disk.litter = append(q.disk.litter, f)
+		q.disk.rests = false
 	}
-	q.disk.rests = false
 }
 
 // turn returns the batch whose turn it is, nil if none can be sent now, and whether it has to wait
 // until the disk has written or read it.
 func (q *queue) turn() (b *batch, isOwed bool) {
 	d := &q.disk
-	hangs := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
+	isStuck := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
 	owes := func(b *batch) bool {
-		return d.isOpen && !hangs && (d.trouble == nil && !b.isStored() || b.body == nil)
+		return d.isOpen && !isStuck && !d.ends && (d.trouble == nil && !b.isStored() || b.body == nil)
 	}
 	b = q.line.first(func(b *batch) bool { return !b.isOut && (b.body != nil || owes(b)) })
 	return b, b != nil && owes(b)
@@ -172,9 +173,9 @@ func (q *queue) next(atOnce bool) (b *batch, body []byte) {
 		case b == nil && (atOnce || q.isClosed()):
 			return nil, nil
 		case isOwed:
-			late := time.AfterFunc(storeWait, q.changed.Broadcast)
+			tooLong := time.AfterFunc(storeWait, func() { q.lock()() })
 			q.changed.Wait()
-			late.Stop()
+			tooLong.Stop()
 		default:
 			q.changed.Wait()
 		}
@@ -203,7 +204,7 @@ func (q *queue) done(b *batch, bad int, took time.Duration) (wasLate, over bool)
 	defer q.lock()()
 	q.line.goOn()
 	q.line.remove(b)
-	q.discard(b)
+	q.discard(b.file)
 	q.figures.sent += uint64(b.count - bad)
 	q.figures.dropped += uint64(bad)
 	q.log.Debug("delivered", "metrics", b.count-bad,
@@ -276,7 +277,7 @@ func (q *queue) keep() {
 		case !d.rests && !d.isOpen:
 			_ = q.open()
 		case !d.rests && len(d.litter) > 0:
-			_ = q.onDisk(q.spool.check)
+			_ = q.onDisk(func() error { return nil })
 		case !d.rests && unstored != nil:
 			q.write(unstored)
 		case d.ends:
@@ -312,8 +313,8 @@ func (q *queue) onDisk(do func() error) error {
 		q.spool.remove(f.name)
 	}
 	err := do()
+	q.mu.Lock() // first, so that results are taken note of in their order
 	q.works.Unlock()
-	q.mu.Lock()
 	d.busy, d.rests = time.Time{}, err != nil
 	q.changed.Broadcast()
 	return err
@@ -354,12 +355,10 @@ func (q *queue) write(b *batch) {
 	case err != nil:
 	case slices.Contains(q.line.batches, b):
 		b.hasWritten(f)
-		if b.isLate {
-			b.shrink()
-		}
+		q.line.shrink()
 		q.bound()
 	default: // it was delivered or dropped meanwhile
-		q.disk.litter = append(q.disk.litter, f)
+		q.discard(f)
 	}
 }
 
@@ -432,8 +431,8 @@ func (q *queue) left() (inFiles, inMemory, dropped int) {
 func (q *queue) hangs() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	isOut := func(b *batch) bool { return b.isOut }
-	return slices.ContainsFunc(q.line.batches, isOut) && time.Since(q.progress) > maxFlight
+	out := q.line.first(func(b *batch) bool { return b.isOut })
+	return out != nil && time.Since(q.progress) > maxFlight
 }
 
 // own returns the queue's own metrics, for the host with this name in its metrics.

@@ -92,7 +92,7 @@ func isPermanent(err error) bool {
 // mounted over it or unmounted: what would be put into a stand-in would be out of sight later.
 func (s *spool) open() ([]file, error) {
 	if s.root != nil {
-		return nil, nil
+		return nil, s.check()
 	}
 	if err := makeFolder(s.dir); err != nil {
 		return nil, err
@@ -142,15 +142,15 @@ func (s *spool) load(entries []fs.DirEntry) (batches []file) {
 		metrics, _ := strconv.Atoi(parts[3])
 		var size int64
 		if info, err := entry.Info(); err == nil {
-			size = onDisk(info.Size())
+			size = roomOf(info.Size())
 		}
 		at, err := time.Parse(spoolTime, parts[1])
 		f := file{name, at.Unix(), metrics, size}
 		switch {
 		case parts[4] != "":
 			s.bad = append(s.bad, f)
-		case err != nil || !entry.Type().IsRegular():
-			s.setAside(f, errNotOurs)
+		case err != nil || !entry.Type().IsRegular() || size > maxBody:
+			s.setAside(f, errors.New("not from this program"))
 		default:
 			batches = append(batches, f)
 		}
@@ -201,38 +201,24 @@ func (s *spool) write(packed []byte, oldest int64, metrics int, suffix string) (
 	if err := s.check(); err != nil {
 		return f, err
 	}
-	at, name := time.Unix(oldest, 0).UTC().Format(spoolTime), ""
-	for err == nil { // until there is no such file
-		s.counter++
-		name = fmt.Sprintf("%s-%010d-%d.json.gz%s", at, s.counter, metrics, suffix)
-		_, err = s.root.Lstat(name)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return f, err
-	}
+	s.counter++
+	at := time.Unix(oldest, 0).UTC().Format(spoolTime)
+	name := fmt.Sprintf("%s-%010d-%d.json.gz%s", at, s.counter, metrics, suffix)
 	if err = writeDurably(s.root, name, packed); err != nil {
 		s.remove(name) // it may be there, though not in safety
 		return f, err
 	}
-	f = file{name, oldest, metrics, onDisk(int64(len(packed)))}
+	f = file{name, oldest, metrics, roomOf(int64(len(packed)))}
 	if suffix != "" {
 		s.bad = append(s.bad, f)
 	}
 	return f, nil
 }
 
-var errNotOurs = errors.New("not from this program")
-
 // read returns the body in a file. A file that cannot be used is set aside, and the body is nil.
 // The error is not about the file.
 func (s *spool) read(f file) (body []byte, err error) {
-	info, err := s.root.Lstat(f.name)
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxBody) {
-		err = errNotOurs
-	}
-	if err == nil {
-		body, err = s.root.ReadFile(f.name)
-	}
+	body, err = s.root.ReadFile(f.name)
 	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) ||
 		err != nil && s.check() != nil {
 		return nil, err
