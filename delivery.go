@@ -41,9 +41,9 @@ type delivery struct {
 
 // outage is what the log says of the receiver, and of an outage when that is over.
 type outage struct {
-	worked bool  // whether anything was delivered
-	waited int   // metrics that had to wait and were delivered in it
-	oldest int64 // their oldest time, in Unix seconds
+	worked bool      // whether anything was delivered
+	waited int       // metrics that had to wait and were delivered in it
+	since  time.Time // the first failure, or the oldest metric of an earlier run; zero: none yet
 	news   news
 }
 
@@ -67,9 +67,10 @@ func (d *delivery) deliver(ctx context.Context) error {
 		case d.last || ctx.Err() != nil:
 			return d.end(errorText(err))
 		}
-		d.logTrouble(err)
+		pause := d.pauses.after(err)
+		d.logTrouble(err, pause)
 		select {
-		case <-time.After(d.pauses.after(err)):
+		case <-time.After(pause):
 		case <-d.queue.closed:
 		}
 	}
@@ -242,14 +243,13 @@ func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	if wasLate {
 		o.waited += b.count - bad
 	}
-	if o.oldest == 0 || b.oldest < o.oldest {
-		o.oldest = b.oldest
+	if o.since.IsZero() {
+		o.since = time.Unix(b.oldest, 0)
 	}
 	if !over {
 		return
 	}
-	after := []any{"metrics", o.waited,
-		"lasted", time.Since(time.Unix(o.oldest, 0)).Round(time.Second)}
+	after := []any{"metrics", o.waited, "lasted", time.Since(o.since).Round(time.Second)}
 	switch {
 	case o.news.isNew(""):
 		d.log.Info(d.to.name+" reachable again, kept metrics are delivered", after...)
@@ -258,18 +258,23 @@ func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	case !o.worked && d.to.remote:
 		d.log.Info("first delivery accepted", "metrics", b.count)
 	}
-	o.worked, o.waited, o.oldest = true, 0, 0
+	o.worked, o.waited, o.since = true, 0, time.Time{}
 }
 
-// logTrouble logs why metrics have to wait, and what waits, if that is news, and again each hour.
-func (d *delivery) logTrouble(err error) {
+// logTrouble logs why metrics have to wait, what waits, and when the next try is, if that is news,
+// and again each hour.
+func (d *delivery) logTrouble(err error, pause time.Duration) {
+	if d.outage.since.IsZero() {
+		d.outage.since = time.Now()
+	}
 	text := errorText(err)
 	if news := &d.outage.news; !news.isNew(text) && !news.isOld(text) {
 		return
 	}
 	metrics, bytes, since, _ := d.queue.backlog()
 	d.log.Error(d.to.name+" "+failing(err),
-		"since", since, "metrics", metrics, "bytes", bytes, "error", text)
+		"since", since, "metrics", metrics, "bytes", bytes,
+		"retry", pause.Round(100*time.Millisecond), "error", text)
 }
 
 // end says what becomes of metrics that were not delivered.

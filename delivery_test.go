@@ -149,7 +149,7 @@ func TestDeliveryRepeatsAnOutage(t *testing.T) {
 	} {
 		got := logOf(t, test.fail)
 		last := regexp.MustCompile(`msg="Backstop unreachable, keeping metrics" ` +
-			`since=2026-11-23T04:54:40Z metrics=1[34]\d\d bytes=\d{6} error=.*\n` +
+			`since=2026-11-23T04:54:40Z metrics=1[34]\d\d bytes=\d{6} retry=\S+ error=.*\n` +
 			`level=ERROR msg="ended before everything was delivered".*\n$`)
 		if n := strings.Count(got, "unreachable"); n < 23 || n > test.most || !last.MatchString(got) {
 			t.Errorf("%s: %d lines, logged\n%s", test.why, n, got)

@@ -321,7 +321,7 @@ func (r *rig) try(t testing.TB) error {
 	defer r.settle()
 	_, err := r.round(t.Context())
 	if err != nil {
-		r.logTrouble(err)
+		r.logTrouble(err, time.Second)
 	}
 	return err
 }

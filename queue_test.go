@@ -72,7 +72,7 @@ func TestQueueOutlastsAnOutage(t *testing.T) {
 		}
 		lines := regexp.MustCompile(
 			`^level=ERROR msg="Backstop unreachable, keeping metrics" ` +
-				`since=2026-11-23T04:54:40Z metrics=10 bytes=\d+ error="connection refused"\n` +
+				`since=2026-11-23T04:54:40Z metrics=10 bytes=\d+ retry=\S+ error="connection refused"\n` +
 				`level=INFO msg="Backstop reachable again, kept metrics are delivered" ` +
 				`metrics=1[0-2]0 lasted=\S+\n$`)
 		if got := log.Take(); !lines.MatchString(got) {
