@@ -194,8 +194,8 @@ func (l *line) size() (metrics int, bytes int64) {
 	return metrics, bytes
 }
 
-// drop takes off the oldest batches until the rest fits, but none that is out: the receiver may just
-// have accepted it.
+// drop takes off the oldest batches until the rest fits, but none that is out: the receiver may
+// just have accepted it.
 func (l *line) drop(limit int64) (lost []*batch) {
 	_, held := l.size()
 	if held > limit {

@@ -24,7 +24,7 @@ const (
 	carbonBytes = 64 << 10
 	// carbonConnect is how long connecting may take, and TLS's handshake.
 	carbonConnect = 10 * time.Second
-	// carbonEarly is how long we wait with our end for that of something that cannot read lines. The
+	// carbonEarly is how long we wait with our end for that of what cannot read lines: the
 	// port of pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us. A
 	// proxy may end the witness so much later than a connection.
 	carbonEarly = 500 * time.Millisecond
@@ -89,7 +89,7 @@ func newCarbon(text string) (*carbon, error) {
 	c := &carbon{
 		url: &url.URL{Scheme: scheme, Host: net.JoinHostPort(u.Hostname(), fmt.Sprint(port))},
 		dialer: net.Dialer{Timeout: carbonConnect, KeepAliveConfig: net.KeepAliveConfig{
-			// A host that loses its power says nothing. This is how we notice while a batch is held.
+			// A host that loses its power says nothing. So we notice it while a batch is held.
 			Enable: true, Idle: time.Second, Interval: time.Second, Count: 3,
 		}},
 		early: carbonEarly, stall: carbonStall, proof: carbonProof,

@@ -403,8 +403,8 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 		len(sure)+len(perhaps), lives, len(perhaps))
 }
 
-// On a disk that takes 3 s for each file, a backlog is delivered one file after the other, not one a
-// poll.
+// On a disk that takes 3 s for each file, a backlog is delivered one file after the other, not one
+// a poll.
 func TestEverythingArrivesFromASlowDisk(t *testing.T) {
 	t.Parallel()
 	strace, err := exec.LookPath("strace")

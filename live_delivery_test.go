@@ -566,8 +566,9 @@ func killTheDaemon(t *testing.T) {
 		})
 	}
 	left := missing()
-	for end := time.Now().Add(30 * time.Second); len(left) > 0 && time.Now().Before(end); left = missing() {
+	for end := time.Now().Add(30 * time.Second); len(left) > 0 && time.Now().Before(end); {
 		time.Sleep(200 * time.Millisecond) // Carbon writes when it has the time
+		left = missing()
 	}
 	if len(left) > 0 {
 		t.Errorf("%d of %d are lost: %q\n%s", len(left), len(sampled), left, &log)

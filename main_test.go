@@ -251,8 +251,8 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
-// built returns a binary. Not the one in PATH: with the race detector, a program needs many times as
-// much memory.
+// built returns a binary. Not the one in PATH: with the race detector, a program needs many times
+// as much memory.
 func built(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), program)

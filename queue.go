@@ -152,7 +152,8 @@ func (q *queue) turn() (b *batch, isOwed bool) {
 	d := &q.disk
 	isStuck := !d.busy.IsZero() && time.Since(d.busy) >= storeWait
 	owes := func(b *batch) bool {
-		return d.isOpen && !isStuck && !d.ends && (d.trouble == nil && !b.isStored() || b.body == nil)
+		return d.isOpen && !isStuck && !d.ends &&
+			(d.trouble == nil && !b.isStored() || b.body == nil)
 	}
 	b = q.line.first(func(b *batch) bool { return !b.isOut && (b.body != nil || owes(b)) })
 	return b, b != nil && owes(b)

@@ -418,14 +418,14 @@ func TestSpoolSurvivesUnreadableFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := newDir(t)
 		r := &receiver{fail: func(int, []int) error { return errors.New("connection refused") }}
-		q, log := r.spooled(t, dir)
+		q, _ := r.spooled(t, dir)
 		const unreadable = 50
 		for i := range unreadable {
 			q.put(points(i, 1))
 		}
 		q.kill()
 		r.fail = nil
-		q, log = r.spooled(t, dir)
+		q, log := r.spooled(t, dir)
 		log.Take()
 		for _, name := range files(t, dir)[1:] { // the first is read ahead
 			makeUnreadable(t, filepath.Join(dir, name))
