@@ -8,25 +8,29 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 )
 
+// env returns a variable of the docker command. Files from Windows have a carriage return after it.
+func env(name string) string { return strings.TrimSpace(os.Getenv(name)) }
+
 // dockerContext returns the name of the docker command's context and the engine's address in it,
-// without a user; "" if there is none, or it is not known.
+// without a user; "" if there is none, it is not known, or DOCKER_HOST has precedence.
 // https://docs.docker.com/engine/manage-resources/contexts/
 func dockerContext() (name, endpoint string) {
 	home, _ := os.UserHomeDir()
-	dir := cmp.Or(os.Getenv("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
+	dir := cmp.Or(env("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
 	read := func(into any, path ...string) {
 		if text, err := readText(filepath.Join(append([]string{dir}, path...)...)); err == nil {
 			_ = json.Unmarshal([]byte(text), into)
 		}
 	}
-	if name = os.Getenv("DOCKER_CONTEXT"); name == "" {
+	if name = env("DOCKER_CONTEXT"); name == "" {
 		var config struct{ CurrentContext string }
 		read(&config, "config.json")
 		name = config.CurrentContext
 	}
-	if name == "" || name == "default" {
+	if name == "" || name == "default" || env("DOCKER_HOST") != "" {
 		return "", ""
 	}
 	var meta struct {

@@ -160,17 +160,17 @@ func (e *engine) isAt(endpoint string) bool {
 // whatever the environment says; without DOCKER_CERT_PATH, the system's roots count then.
 // https://docs.docker.com/engine/security/protect-access/
 func tlsFromEnv(always bool) (*tls.Config, error) {
-	verify := os.Getenv("DOCKER_TLS_VERIFY") != ""
+	verify := env("DOCKER_TLS_VERIFY") != ""
 	if !verify && !always {
 		return nil, nil
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	dir := os.Getenv("DOCKER_CERT_PATH")
+	dir := env("DOCKER_CERT_PATH")
 	if dir == "" && !verify {
 		return config, nil
 	}
 	home, _ := os.UserHomeDir()
-	dir = cmp.Or(dir, os.Getenv("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
+	dir = cmp.Or(dir, env("DOCKER_CONFIG"), filepath.Join(home, ".docker"))
 	ca, err := readText(filepath.Join(dir, "ca.pem"))
 	if err != nil {
 		return nil, fmt.Errorf("no certificate authority to verify the engine with: %w; "+

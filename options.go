@@ -87,7 +87,7 @@ func (o *options) table() []option {
 				"carbon://HOST[:2003][/PREFIX], or carbons://HOST:PORT[/PREFIX]\n" +
 				"with TLS; - prints the metrics instead, as lines of Carbon's\n" +
 				"plaintext protocol (default: -)"},
-		{name: "docker", value: "URL", fallback: cmp.Or(os.Getenv("DOCKER_HOST"), defaultDocker),
+		{name: "docker", value: "URL", fallback: cmp.Or(env("DOCKER_HOST"), defaultDocker),
 			origin: "DOCKER_HOST", address: true, set: into(&o.engine, parseEngine),
 			help: "the Docker engine: unix:///path, tcp://host:port, http:// or\n" +
 				"https://, on Windows also npipe://; DOCKER_TLS_VERIFY and\n" +

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -133,6 +134,71 @@ func TestFilesAreNotShown(t *testing.T) {
 				t.Errorf("%s_FILE with %s: %v", opt.variable(), content, err)
 			}
 			os.Unsetenv(opt.variable() + "_FILE")
+		}
+	}
+}
+
+// Blanks and carriage returns around a value are cut, wherever it comes from: files from Windows
+// have them.
+func TestValuesAreTrimmed(t *testing.T) {
+	noDockerEnv(t)
+	dir := t.TempDir()
+	values := map[string]string{"backstop": "http://h/publish/docker", "docker": "tcp://engine:2375",
+		"prefix": `{"regexp":"x","into":"y"}`, "poll": "7s", "host": "me", "per": "core,device",
+		"spool": dir, "spool-limit": "7MiB", "concurrency": "7", "check": "true", "once": "true",
+		"verbose": "true"}
+	isRight := func(why string, o *options, err error) {
+		t.Helper()
+		if err != nil {
+			t.Errorf("%s: %v", why, err)
+			return
+		}
+		got := fmt.Sprintln(o.to.address, o.engine, len(o.rules), o.poll, o.host, o.per, o.spool,
+			o.spoolLimit, o.concurrency, o.switches)
+		if got != "http://h/publish/docker http://engine:2375 1 7s me {true false true} "+dir+
+			" 7340032 7 {true true true false}\n" {
+			t.Errorf("%s: %s", why, got)
+		}
+	}
+	for _, opt := range new(options).table() {
+		if _, there := values[opt.name]; !there && !opt.flagOnly {
+			t.Errorf("no value for --%s", opt.name)
+		}
+	}
+	for _, around := range []string{"", " ", "\r", "\t \r\n", "\r\r"} {
+		var args []string
+		for name, value := range values {
+			args = append(args, "--"+name+"="+around+value+around)
+		}
+		o, err := parseOptions(args)
+		isRight(fmt.Sprintf("options with %q", around), o, err)
+		for name, value := range values {
+			opt := option{name: name}
+			t.Setenv(opt.variable(), around+value+around)
+		}
+		o, err = parseOptions(nil)
+		isRight(fmt.Sprintf("variables with %q", around), o, err)
+		for name, value := range values {
+			opt := option{name: name}
+			path := filepath.Join(t.TempDir(), name)
+			harness.Must(t, os.WriteFile(path, []byte(around+value+around), 0o600))
+			t.Setenv(opt.variable(), around)
+			t.Setenv(opt.variable()+"_FILE", path+around)
+		}
+		o, err = parseOptions(nil)
+		isRight(fmt.Sprintf("files with %q", around), o, err)
+		for name := range values {
+			opt := option{name: name}
+			t.Setenv(opt.variable()+"_FILE", "")
+		}
+	}
+	for host, want := range map[string]string{"tcp://other\r": "http://other:2375",
+		"\r": defaultDocker, " ": defaultDocker} {
+		t.Setenv("DOCKER_HOST", host)
+		t.Setenv("DOCKER_TLS_VERIFY", "\r")
+		t.Setenv("DOCKER_CERT_PATH", "\r")
+		if o, err := parseOptions(nil); err != nil || o.engine.String() != want {
+			t.Errorf("DOCKER_HOST=%q: %v, %v", host, o, err)
 		}
 	}
 }
