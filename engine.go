@@ -194,7 +194,7 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 // the engine calls itself, such as "Docker/20.10.24 (linux)".
 // API: #tag/System/operation/SystemPing
 func (e *engine) hello(ctx context.Context) (server string, err error) {
-	header, err := e.get(ctx, "/_ping", new(answer))
+	header, err := e.get(ctx, "/_ping", &answer{isStream: true}) // nobody needs its OK
 	if err != nil {
 		return "", err
 	}
@@ -206,7 +206,7 @@ func (e *engine) hello(ctx context.Context) (server string, err error) {
 		e.oneShot = api.GreaterThanOrEqualTo(docker.APIVersion{1, 41})
 	}
 	server = header.Get("Server")
-	e.windows = strings.Contains(server, "(windows)")
+	e.windows = strings.Contains(server, "(windows)") || header.Get("Ostype") == "windows"
 	e.inTicks = !e.oneShot || collectsInTicks(server)
 	return server, nil
 }
@@ -534,11 +534,14 @@ func (e *engine) events(ctx context.Context, since, until time.Time) (
 	return all, stream.isOpen, err
 }
 
-// decodeEvents reads events, one JSON object after the other. What is of a wrong type costs itself.
+// decodeEvents reads events, one JSON object after the other. A field of a wrong type costs itself.
 func decodeEvents(body []byte) (all []event, err error) {
 	for lines := json.NewDecoder(bytes.NewReader(body)); ; {
-		var one event
-		err := lines.Decode(&one)
+		var (
+			text json.RawMessage
+			one  event
+		)
+		err := lines.Decode(&text)
 		if errors.Is(err, io.EOF) {
 			return all, nil
 		}
@@ -610,6 +613,7 @@ func (e *engine) get(ctx context.Context, path string, body *answer) (http.Heade
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
+		defer time.AfterFunc(2*linger, cancel).Stop() // the body may have no end
 		return nil, newAPIError(resp, path)
 	}
 	if err := body.read(resp.Body, cancel); err != nil {

@@ -106,8 +106,10 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 			return nil
 		case errors.As(err, &long):
 			return fmt.Errorf("the answer has over %d MiB", long.Limit>>20)
-		case err != nil && (a.isOpen || a.isStream && a.scan() > 0):
-			a.text, a.isOpen = a.text[:a.whole], true
+		case err != nil && (a.isOpen || a.scan() > 0 || a.isStream && errors.As(err, new(noAnswer))):
+			if a.isOpen = true; !a.isStream || a.depth > 0 {
+				a.text = a.text[:a.whole]
+			}
 			return nil
 		case err != nil:
 			return fmt.Errorf("the answer broke off: %w", err)
@@ -117,12 +119,11 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 
 // isOver reports whether an answer that has not ended is over.
 func (a *answer) isOver() bool {
-	before := a.scanned
-	whole := a.scan()
-	if a.isStream {
-		return a.depth == 0 && a.scanned == before
+	before := a.whole
+	if whole := a.scan(); !a.isStream {
+		return whole > 0
 	}
-	return whole > 0
+	return a.depth == 0 && a.whole == before // blanks only show that the other side lives
 }
 
 // scan looks at what came since the last time, and returns how much is whole.

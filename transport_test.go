@@ -14,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode"
 
@@ -146,6 +147,209 @@ func TestEngineCallsEnd(t *testing.T) {
 			s.awaitClosed(t, test.why)
 		})
 	}
+}
+
+// bubbleNet is a network in a bubble, with one server.
+type bubbleNet struct {
+	accepted chan net.Conn
+	closed   chan struct{}
+	made     atomic.Int32 // connections
+	open     atomic.Int32
+}
+
+// bubbleConn is the client's end of a connection.
+type bubbleConn struct {
+	net.Conn
+	close func()
+}
+
+func (c *bubbleConn) Close() error {
+	c.close()
+	return c.Conn.Close()
+}
+
+func (n *bubbleNet) Accept() (net.Conn, error) {
+	select {
+	case conn := <-n.accepted:
+		return conn, nil
+	case <-n.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (n *bubbleNet) Close() error   { close(n.closed); return nil }
+func (n *bubbleNet) Addr() net.Addr { return &net.TCPAddr{} }
+
+func (n *bubbleNet) dial(context.Context, string, string) (net.Conn, error) {
+	client, server := net.Pipe()
+	n.accepted <- server
+	n.made.Add(1)
+	n.open.Add(1)
+	return &bubbleConn{client, sync.OnceFunc(func() { n.open.Add(-1) })}, nil
+}
+
+// engineInBubble serves an engine until the test ends, and returns a collector of it as well.
+func engineInBubble(t *testing.T, limit time.Duration, engine http.HandlerFunc) (
+	*bubbleNet, *collector, *harness.Log,
+) {
+	t.Helper()
+	time.Sleep(max(0, time.Until(noClock))) // a bubble's clock begins in 2000
+	n := &bubbleNet{accepted: make(chan net.Conn), closed: make(chan struct{})}
+	server := &http.Server{Handler: engine}
+	go server.Serve(n)
+	c, log := collecting(t, "http://engine.test", limit)
+	connections := c.engine.client.HTTPClient.Transport.(transport)
+	connections.DialContext = n.dial
+	t.Cleanup(func() {
+		connections.CloseIdleConnections()
+		server.Close()
+	})
+	return n, c, log
+}
+
+// An answer is what came, whether its connection stays open or not: it holds up a poll for a
+// moment, and no connection is left behind.
+func TestAnswersThatStayOpen(t *testing.T) {
+	const list = `[{"Id":"1","Names":["/web"],"Status":"Up 1 minute"},` +
+		`{"Id":"2","Names":["/x]}\\\""],"Image":"}][{","State":"exited"}]`
+	whole := map[string]string{"/_ping": "OK", "/info": `{"Name":"h","Plugins":{"a":["]"]}}`,
+		"/containers/json": list, "/containers/1/stats": smallStats,
+		"/containers/1/json": smallInspect, "/events": ""}
+	blanks := func(send func(string) bool) {
+		for send("\r\n") {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	once := func(text string) func(func(string) bool) {
+		return func(send func(string) bool) { send(text) }
+	}
+	for why, then := range map[string]func(send func(string) bool){
+		"silence": once(""), "blanks": blanks,
+		"half a value": once(`{"Id":"`), "no JSON": once("<html>"),
+		"another value": once(smallStats), "an end of something": once("]}]}"),
+		"more each second, as Docker streams stats": func(send func(string) bool) {
+			for send("\n" + smallStats) {
+				time.Sleep(time.Second)
+			}
+		},
+	} {
+		for path := range whole {
+			if path == "/_ping" && why != "silence" && why != "blanks" {
+				continue // nobody looks at its text
+			}
+			t.Run(why+path, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n, c, log := engineInBubble(t, maxCall, func(w http.ResponseWriter, r *http.Request) {
+						text := whole[r.URL.Path]
+						if r.URL.Path != path {
+							io.WriteString(w, text)
+							return
+						}
+						send := func(text string) bool {
+							_, err := io.WriteString(w, text)
+							w.(http.Flusher).Flush()
+							return err == nil && r.Context().Err() == nil
+						}
+						send(text[:len(text)/2])
+						time.Sleep(time.Millisecond)
+						send(text[len(text)/2:])
+						then(send)
+						<-r.Context().Done()
+					})
+					for range 5 {
+						start := time.Now()
+						result := c.sweep(t.Context())
+						most, events := 2*linger, "h.events.die 0"
+						switch {
+						case path != "/events":
+						case why == "half a value":
+							most = maxCall / 4
+						case why == "no JSON", why == "an end of something":
+							most, events = maxCall/4, "!h.events."
+						}
+						if took := time.Since(start); took > most+10*time.Millisecond {
+							t.Errorf("it took %s", took)
+						}
+						wants(t, path, result, "web.memory.usage 1", "web.restarts 3", "web.uptime 60",
+							"h.containers.total 1", "h.containers.stopped 1", "h.metrics.sampled 1",
+							events)
+						time.Sleep(time.Minute)
+					}
+					if made, open := n.made.Load(), n.open.Load(); made > 8 || open > 2 {
+						t.Errorf("%d connections, %d of them are still open", made, open)
+					}
+					got := log.Take()
+					if lines := strings.Count(got, "\n"); lines > 2 || path != "/events" && lines > 1 ||
+						strings.Contains(got, "level=ERROR") {
+						t.Errorf("it logged %s", got)
+					}
+				})
+			})
+		}
+	}
+}
+
+// Ordinary answers leave their connection to the next call.
+func TestConnectionsAreUsedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n, c, _ := engineInBubble(t, maxCall, func(w http.ResponseWriter, r *http.Request) {
+			switch r.URL.Path {
+			case "/containers/json": // in chunks
+				for _, part := range []string{`[{"Id":"1","Names":["/web"]},`, `{"Id":"2","Names":["/db"]}]`} {
+					io.WriteString(w, part)
+					w.(http.Flusher).Flush()
+				}
+			case "/containers/1/stats", "/containers/2/stats":
+				io.WriteString(w, smallStats+strings.Repeat(" ", 10_000))
+			case "/containers/1/json", "/containers/2/json":
+				io.WriteString(w, smallInspect)
+			case "/info":
+				io.WriteString(w, `{"Name":"h"}`)
+			}
+		})
+		for range 20 {
+			if result := c.sweep(t.Context()); result.sampled != 2 {
+				t.Errorf("%d were sampled", result.sampled)
+			}
+			time.Sleep(time.Minute)
+		}
+		if made := n.made.Load(); made > 3 {
+			t.Errorf("20 sweeps of two containers made %d connections", made)
+		}
+	})
+}
+
+// The body of an error that does not end is waited for no longer.
+func TestErrorsThatStayOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		list := `[{"Id":"1","Names":["/web"]},{"Id":"2","Names":["/gone"]}]`
+		_, c, log := engineInBubble(t, maxCall, func(w http.ResponseWriter, r *http.Request) {
+			status, text := http.StatusOK, map[string]string{"/containers/json": list,
+				"/containers/1/json": smallInspect, "/info": `{"Name":"h"}`}[r.URL.Path]
+			switch {
+			case strings.HasSuffix(r.URL.Path, "/stats"):
+				status, text = http.StatusConflict, `{"message":"busy"}`
+			case strings.HasPrefix(r.URL.Path, "/containers/2/"):
+				status, text = http.StatusNotFound, `{"message":"no such container"}`
+			}
+			w.WriteHeader(status)
+			io.WriteString(w, text)
+			w.(http.Flusher).Flush()
+			if status != http.StatusOK {
+				<-r.Context().Done()
+			}
+		})
+		start := time.Now()
+		result := c.sweep(t.Context())
+		if took := time.Since(start); took > ending+time.Second {
+			t.Errorf("it took %s", took)
+		}
+		wants(t, "errors", result, "web.uptime 0", "web.restarts 3", "h.metrics.failed 1",
+			"h.metrics.sampled 0", "h.containers.total 2")
+		if got := log.Take(); !strings.Contains(got, `container=web error="API error (409): busy"`) {
+			t.Errorf("it logged %s", got)
+		}
+	})
 }
 
 func TestEngineRedirectsAreNotFollowed(t *testing.T) {
