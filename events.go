@@ -14,7 +14,7 @@ type events struct {
 
 	started, ended, failed, killed, unhealthy count // not sent before the first answer
 
-	until time.Time         // up to when they are counted, by the engine's clock; zero: never
+	until time.Time         // up to when they are counted, by the engine's clock
 	heard map[eventKey]bool // those of the last answer
 	news  news
 }
@@ -33,17 +33,17 @@ func (es *events) isKnown() bool { return es.started.sent }
 // poll asks for what happened from the last time until now, by the engine's clock, and returns what
 // is new. The first answer only tells that the engine has answers.
 func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []event) {
-	first, since := es.until.IsZero(), es.until
+	first := !es.isKnown()
 	switch earliest := now.Add(-maxPast); {
-	case first || since.After(now): // the engine's clock was set back
-		since = now
-	case since.Before(earliest):
-		since = earliest
+	case first || es.until.After(now): // the engine's clock was set back
+		es.until = now
+	case es.until.Before(earliest):
+		es.until = earliest
 	}
 	// Nothing is worth waiting for: what does not come now comes with the next poll.
 	ctx, cancel := context.WithTimeoutCause(ctx, e.timeout/4, noAnswer(e.timeout/4))
 	defer cancel()
-	all, isOpen, err := e.events(ctx, since.Add(-overlap), now)
+	all, isOpen, err := e.events(ctx, es.until.Add(-overlap), now)
 	es.report(isOpen, err)
 	switch {
 	case isRefusal(err):
@@ -63,10 +63,13 @@ func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []e
 			fresh = append(fresh, all[i])
 		}
 		heard[key] = true
+		if at := time.Unix(0, key.at); at.After(es.until) && at.Before(now) {
+			es.until = at
+		}
 	}
-	es.until, es.heard = now, heard
-	if last := len(all) - 1; isOpen && last >= 0 { // more may have been on its way
-		es.until = time.Unix(0, all[last].at())
+	es.heard = heard
+	if !isOpen { // else more may have been on its way
+		es.until = now
 	}
 	return fresh
 }

@@ -3,10 +3,12 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
@@ -131,7 +133,7 @@ func TestManyEvents(t *testing.T) {
 	for range 2 {
 		wants(t, "many", c.sweep(t.Context()), "h.events.die 20000")
 	}
-	s.answers["/events"] = strings.Repeat("\n", maxAnswer+1)
+	s.answers["/events"] = `{"Type":"` + strings.Repeat("x", maxAnswer)
 	asked := c.events.until
 	wants(t, "too many", c.sweep(t.Context()), "h.events.die 20000", "web.memory.usage 1")
 	if got := log.String(); !strings.Contains(got, "the answer has over 32 MiB") {
@@ -144,5 +146,170 @@ func TestManyEvents(t *testing.T) {
 	wants(t, "later", c.sweep(t.Context()), "h.events.die 20000")
 	if n := len(c.events.heard); n != 2 {
 		t.Errorf("it keeps %d events", n)
+	}
+}
+
+// What was not read is not 0: the figures of events begin with the first answer.
+func TestEventsBeginWithTheFirstAnswer(t *testing.T) {
+	const old = `{"message":"strconv.ParseInt: parsing \"1795409680.5\": invalid syntax"}`
+	for why, answer := range map[string]http.HandlerFunc{
+		"fails":              harness.AnswerWith(500, `{"message":"x"}`),
+		"fails, old":         harness.AnswerWith(500, old),
+		"is not there":       harness.AnswerWith(404, `{"message":"page not found"}`),
+		"is forbidden":       harness.AnswerWith(403, ""),
+		"is busy":            harness.AnswerWith(503, ""),
+		"redirects":          harness.AnswerWith(302, ""),
+		"hangs":              harness.Hang,
+		"hangs up":           func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) },
+		"is a page":          harness.AnswerWith(200, "<html>"),
+		"is an array":        harness.AnswerWith(200, "[]"),
+		"is text":            harness.AnswerWith(200, `"ok"`),
+		"is a broken object": harness.AnswerWith(200, `{"Type":"container"`),
+	} {
+		t.Run(why, func(t *testing.T) {
+			t.Parallel()
+			s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+			s.container("1", smallInspect, smallStats)
+			handler, isWell, past := s.Config.Handler, false, &pastEvents{}
+			s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case r.URL.Path != "/events":
+					handler.ServeHTTP(w, r)
+				case isWell:
+					past.ServeHTTP(w, r)
+				default:
+					answer(w, r)
+				}
+			})
+			c.engine.timeout = 4 * time.Second
+			past.add("1", "die", `"name":"web","exitCode":"1"`, time.Now().Add(-time.Second))
+			for range 3 {
+				wants(t, why, c.sweep(t.Context()), "!h.events.", "!web.oom_kills", "!web.failed_exits",
+					"web.uptime 60", "web.restarts 3", "h.metrics.sampled 1")
+			}
+			if got := log.Take(); strings.Count(got, "level=WARN") != 1 {
+				t.Errorf("it logged %s", got)
+			}
+			isWell = true
+			wants(t, why+", then well", c.sweep(t.Context()), "h.events.start 0", "h.events.die 0",
+				"h.events.die_nonzero 0", "h.events.oom 0", "h.events.unhealthy 0", "web.oom_kills 0",
+				"web.failed_exits 0")
+			past.add("1", "die", `"name":"web","exitCode":"2"`, time.Now())
+			time.Sleep(time.Until(time.Now().Truncate(time.Second).Add(time.Second)))
+			wants(t, why+", then one ends", c.sweep(t.Context()), "h.events.die 1",
+				"h.events.die_nonzero 1", "web.failed_exits 1", "web.oom_kills 0")
+		})
+	}
+}
+
+// An engine up to Docker 1.9 reads whole numbers only.
+func TestEventsAreAskedForInWholeSeconds(t *testing.T) {
+	s, c, _ := newSmall(t, `[]`)
+	handler := s.Config.Handler
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for _, name := range []string{"since", "until"} {
+			text := r.URL.Query().Get(name)
+			if _, err := strconv.ParseInt(text, 10, 64); err != nil && r.URL.Path == "/events" {
+				http.Error(w, err.Error(), http.StatusInternalServerError)
+				return
+			}
+		}
+		handler.ServeHTTP(w, r)
+	})
+	for range 2 {
+		wants(t, "whole seconds", c.sweep(t.Context()), "h.events.die 0")
+	}
+}
+
+// A stream of events that stays open tells the same as one that ends, each event once.
+func TestEventsThatStayOpen(t *testing.T) {
+	for why, isOpen := range map[string]func(poll int) bool{
+		"always":     func(int) bool { return true },
+		"never":      func(int) bool { return false },
+		"now":        func(poll int) bool { return poll%2 == 0 },
+		"then":       func(poll int) bool { return poll%2 == 1 },
+		"after some": func(poll int) bool { return poll > 2 },
+	} {
+		t.Run(why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				past, poll, ahead := &pastEvents{}, 0, 5*time.Hour // its clock
+				now := func() time.Time { return time.Now().Add(ahead) }
+				var live string
+				_, c, log := engineInBubble(t, maxCall, func(w http.ResponseWriter, r *http.Request) {
+					w.Header().Set("Date", now().UTC().Format(http.TimeFormat))
+					switch r.URL.Path {
+					case "/info":
+						io.WriteString(w, `{"Name":"h"}`)
+					case "/containers/json":
+						io.WriteString(w, `[]`)
+					case "/events":
+						past.ServeHTTP(w, r)
+						if !isOpen(poll) {
+							return
+						}
+						w.(http.Flusher).Flush()
+						if live != "" {
+							time.Sleep(linger / 2)
+							past.add(live, "start", ``, now())
+							io.WriteString(w, past.all[len(past.all)-1])
+							w.(http.Flusher).Flush()
+						}
+						<-r.Context().Done()
+					}
+				})
+				starts := 0
+				expect := func(what string) {
+					t.Helper()
+					start := time.Now()
+					wants(t, fmt.Sprintf("%s, poll %d", what, poll), c.sweep(t.Context()),
+						fmt.Sprintf("h.events.start %d", starts))
+					if took := time.Since(start); took > 4*linger {
+						t.Errorf("%s took %s", what, took)
+					}
+					time.Sleep(10*time.Second - time.Since(start))
+					poll++
+				}
+				add := func(ago ...time.Duration) {
+					for _, ago := range ago {
+						past.add(fmt.Sprint("c", len(past.all)), "start", ``, now().Add(-ago))
+						starts++
+					}
+				}
+				add(time.Minute, 3*time.Second, 1500*time.Millisecond, 0)
+				starts = 0
+				expect("at first")
+				expect("nothing new")
+				for range 6 {
+					add(9*time.Second, 3500*time.Millisecond, 2200*time.Millisecond, 1100*time.Millisecond)
+					expect("some")
+				}
+				for range 4 {
+					expect("nothing new")
+				}
+				add(9 * time.Second)
+				expect("one long ago")
+				expect("nothing new")
+				for range 4 {
+					if live = ""; isOpen(poll) {
+						live = fmt.Sprint("live", poll)
+						starts++
+					}
+					expect("while it listens")
+				}
+				live = ""
+				expect("nothing new")
+				ahead -= time.Hour // its clock is set back
+				expect("set back")
+				for range 4 {
+					time.Sleep(30 * time.Second)
+					add(25*time.Second, time.Second)
+					expect("after that")
+				}
+				if got := log.Take(); strings.Contains(got, "level=WARN") ||
+					strings.Count(got, "stays open")+strings.Count(got, "keeps /events open") > maxNews {
+					t.Errorf("it logged %s", got)
+				}
+			})
+		})
 	}
 }
