@@ -257,8 +257,10 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 	result.metrics = make([]metric, 0, c.size)
 	errs := make([]error, len(found.asked))
 	var (
-		mu         sync.Mutex // of the metrics, and of the next two
-		late, slow bool       // whether a call timed out that did not before, or nearly did
+		mu       sync.Mutex // of the metrics, and of what follows
+		late     bool       // whether a call timed out
+		answered int        // containers whose stats came
+		waited   time.Duration
 	)
 	c.flow.run(len(found.asked), c.engine.inTicks, func(i int) {
 		// All calls for a container share one limit: it must not hold up the next sweep.
@@ -267,7 +269,7 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 		defer cancel()
 		known, b := found.asked[i], buffers.Get().(*buffer)
 		defer b.keep()
-		s := sampling{c, known, found.at, flattener{
+		s := sampling{collector: c, known: known, now: found.at, flattener: flattener{
 			metrics: b.metrics[:0], path: known.path, at: result.start.Unix(),
 		}}
 		err := s.sample(ctx, &b.body)
@@ -277,10 +279,12 @@ func (c *collector) sampleAll(ctx context.Context, found *census, result *sweepR
 		mu.Lock()
 		defer mu.Unlock()
 		result.metrics = append(result.metrics, b.metrics...)
-		late = late || isTooSlow(err) && known.news.said == ""
-		slow = slow || err == nil && time.Since(start) > limit/2
+		late = late || isTooSlow(err)
+		if !s.answered.IsZero() {
+			answered, waited = answered+1, waited+s.answered.Sub(start)
+		}
 	})
-	c.flow.adapt(late && slow)
+	c.flow.adapt(late, answered, waited, c.engine.timeout)
 	for _, path := range found.ended {
 		f := flattener{result.metrics, path, result.start.Unix()}
 		c.containers.ends[path].flatten(&f)
@@ -360,8 +364,9 @@ func (b *buffer) keep() {
 // sampling makes the metrics of one container.
 type sampling struct {
 	*collector
-	known *container
-	now   time.Time // the engine's
+	known    *container
+	now      time.Time // the engine's
+	answered time.Time // when its stats came, zero if they did not
 	flattener
 }
 
@@ -392,13 +397,10 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 		}
 	}
 	stats, from, err := s.read(ctx, body)
-	switch {
-	case isDoubtful(err):
+	if err != nil {
 		return s.doubt(ctx, err)
-	case err != nil:
-		return err
 	}
-	s.now = *stats.Read
+	s.now, s.answered = *stats.Read, time.Now()
 	stats.flatten(&s.flattener, from, s.per)
 	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown()) {
 		seen, err := s.engine.inspect(ctx, known.ID)

@@ -15,6 +15,8 @@ const (
 	// After a silence, more calls are sent. Engines that answer at once take a few milliseconds, or
 	// some tens when they are busy: more calls would not help those.
 	silence = 100 * time.Millisecond
+	// maxTick is how long engines wait that answer in ticks, however few are asked.
+	maxTick = 2 * time.Second
 )
 
 // flow limits the calls in flight. It begins with a few, and doubles that whenever there is no
@@ -56,13 +58,17 @@ func (f *flow) run(n int, inTicks bool, do func(i int)) {
 	}
 }
 
-// adapt takes note of whether the calls of the last run were too many for the engine. Then at most
-// half as many are in flight the next time, and one more each time after that.
-func (f *flow) adapt(tooMany bool) {
-	switch {
-	case tooMany:
-		f.most = max(f.peak/2, 1)
-	case f.most > 0:
+// adapt takes note of the last run: whether calls timed out, and how many others were answered
+// after how long, all added up. Where these had to wait, too, there were too many: at most half as
+// many are in flight the next time, and no more than the engine can do in a fifth of limit. After
+// that it is one more each time, as long as they wait no longer than for a tick.
+func (f *flow) adapt(late bool, answered int, waited, limit time.Duration) {
+	switch average := waited / time.Duration(max(answered, 1)); {
+	case late && answered == 0: // do not make it much worse if all of them hang
+		f.most = max(f.peak/2, fewInFlight)
+	case late && average > max(limit/4, maxTick):
+		f.most = max(min(f.peak/2, answered/5), 1)
+	case f.most > 0 && average < maxTick:
 		f.most = min(f.most+1, maxInFlight)
 	}
 }

@@ -1,6 +1,11 @@
 package main
 
 import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -96,5 +101,177 @@ func TestFlow(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// weakEngine does a few calls at a time; the others wait for their turn.
+type weakEngine struct {
+	turns  chan struct{}
+	takes  time.Duration // a call
+	list   string
+	events int    // the status of /events
+	server string // what it calls itself
+	goesOn bool   // whether it also does calls whose caller has left
+	hangs  string // a path that never answers, "" for none
+	holds  bool   // whether that has a turn until its caller leaves
+}
+
+func (e *weakEngine) RoundTrip(r *http.Request) (*http.Response, error) {
+	ctx, answered := r.Context(), make(chan *http.Response, 1)
+	go func() {
+		left, hangs := ctx.Done(), r.URL.Path == e.hangs
+		if hangs && !e.holds {
+			return
+		}
+		if e.goesOn {
+			left = nil
+		}
+		select {
+		case e.turns <- struct{}{}:
+		case <-left:
+			return
+		}
+		defer func() { <-e.turns }()
+		if hangs {
+			<-ctx.Done()
+			return
+		}
+		time.Sleep(e.takes)
+		w := httptest.NewRecorder()
+		w.Header().Set("Server", e.server)
+		w.Header().Set("Api-Version", "1.41")
+		e.answer(w, r.URL.Path)
+		answered <- w.Result()
+	}()
+	select {
+	case resp := <-answered:
+		return resp, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (e *weakEngine) answer(w http.ResponseWriter, path string) {
+	switch {
+	case path == "/containers/json":
+		io.WriteString(w, e.list)
+	case path == "/events":
+		w.WriteHeader(e.events)
+	case path == "/info":
+		io.WriteString(w, `{"Name":"h"}`)
+	case strings.HasSuffix(path, "/stats"):
+		io.WriteString(w, smallStats)
+	case strings.HasSuffix(path, "/json"):
+		io.WriteString(w, smallInspect)
+	}
+}
+
+// Our own calls are no load that makes an engine fail: from the second poll on, all containers are
+// read, as often as it can, and a container that hangs is the only one that fails.
+func TestWeakEngine(t *testing.T) {
+	const half = 500 * time.Millisecond
+	for _, test := range []struct {
+		why        string
+		containers int
+		turns      int
+		poll       time.Duration
+		engine     weakEngine
+		failed     int
+		most       time.Duration // that a poll takes when all is known
+	}{
+		{"four calls at a time", 100, 4, 30 * time.Second, weakEngine{takes: half}, 0, 14 * time.Second},
+		{"it does what nobody waits for", 100, 4, 30 * time.Second,
+			weakEngine{takes: half, goesOn: true}, 0, 14 * time.Second},
+		{"it has ticks", 100, 4, 30 * time.Second,
+			weakEngine{takes: half, server: "Docker/20.10.24 (linux)"}, 0, 14 * time.Second},
+		{"no events, so two calls each", 100, 4, 30 * time.Second,
+			weakEngine{takes: half, events: 403}, 0, 27 * time.Second},
+		{"one hangs", 100, 4, 30 * time.Second,
+			weakEngine{takes: half, hangs: "/containers/7/stats"}, 1, 23 * time.Second},
+		{"one hangs, and has a turn", 100, 4, 30 * time.Second,
+			weakEngine{takes: half, hangs: "/containers/7/stats", holds: true}, 1, 23 * time.Second},
+		{"four times as many", 400, 4, 2 * time.Minute, weakEngine{takes: half}, 0, 52 * time.Second},
+		{"two at a time", 100, 2, time.Minute, weakEngine{takes: half}, 0, 27 * time.Second},
+		{"one at a time", 50, 1, time.Minute, weakEngine{takes: half}, 0, 27 * time.Second},
+		{"slow, but all at once", 100, 100, 30 * time.Second, weakEngine{takes: 3 * half}, 0,
+			5 * time.Second},
+	} {
+		t.Run(test.why, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Until(noClock)) // a bubble's clock begins in 2000
+				var list []string
+				for i := range test.containers {
+					list = append(list, fmt.Sprintf(`{"Id":"%d","Names":["/c%[1]d"],"Created":%[1]d,`+
+						`"Status":"Up 3 weeks"}`, i))
+				}
+				e := test.engine
+				e.turns, e.list = make(chan struct{}, test.turns), "["+strings.Join(list, ",")+"]"
+				e.events = max(e.events, http.StatusOK)
+				c, log := collecting(t, "http://engine.test", maxCall)
+				c.engine.client.HTTPClient.Transport = &e
+				begun := time.Now()
+				for poll := range 30 {
+					start := time.Now()
+					result := c.sweep(t.Context())
+					took := time.Since(start)
+					if poll > 0 && (result.failed != test.failed ||
+						result.sampled != test.containers-test.failed) {
+						t.Errorf("poll %d: %d sampled, %d failed: %s",
+							poll+1, result.sampled, result.failed, log.Take())
+					}
+					known := poll > 1 && time.Since(begun) < refresh // what only inspect tells
+					if known && took > test.most {
+						t.Errorf("poll %d took %s", poll+1, took)
+					}
+					time.Sleep(max(0, test.poll-took))
+				}
+			})
+		})
+	}
+}
+
+// Where calls time out, the next poll begins with half as many; then it grows again.
+func TestFlowAdapts(t *testing.T) {
+	const limit = 10 * time.Second
+	for _, test := range []struct {
+		why      string
+		late     bool
+		answered int
+		average  time.Duration
+		most     int // after a run of 100 at a time
+	}{
+		{"well", false, 100, time.Millisecond, 0},
+		{"slow", false, 100, 8 * time.Second, 0},
+		{"one hangs", true, 99, time.Millisecond, 0},
+		{"nearly all hang", true, 1, time.Millisecond, 0},
+		{"some hang on an engine with ticks", true, 50, 1500 * time.Millisecond, 0},
+		{"too many at a time", true, 80, 5 * time.Second, 16},
+		{"a little too many", true, 300, 3 * time.Second, 50},
+		{"far too many", true, 3, 9 * time.Second, 1},
+		{"no answer at all", true, 0, 0, 50},
+	} {
+		f := flow{peak: 100}
+		f.adapt(test.late, test.answered, time.Duration(test.answered)*test.average, limit)
+		if f.most != test.most {
+			t.Errorf("%s: %d at a time, want %d", test.why, f.most, test.most)
+		}
+	}
+	f := flow{peak: 100}
+	f.adapt(true, 0, 0, limit)
+	for range 10 {
+		f.adapt(false, 100, 100*time.Millisecond, limit)
+	}
+	if f.most != 60 {
+		t.Errorf("after ten good runs it is %d", f.most)
+	}
+	f = flow{peak: 8}
+	if f.adapt(true, 0, 0, limit); f.most != fewInFlight {
+		t.Errorf("where a few hang, it is %d", f.most)
+	}
+	f = flow{limit: 7} // as it is told
+	f.run(100, true, func(int) {})
+	f.adapt(true, 10, 90*time.Second, limit)
+	if f.run(100, true, func(int) { time.Sleep(time.Millisecond) }); f.peak != 7 {
+		t.Errorf("with --concurrency=7 it is %d", f.peak)
 	}
 }
