@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
@@ -362,5 +363,59 @@ func TestNothingIsLostByARestartOfCarbon(t *testing.T) {
 			t.Errorf("%s from Carbon, after %s: %d of %d arrived",
 				test.roundTrip, test.idle, got, len(metrics))
 		}
+	}
+}
+
+// When everything is delivered the connection is closed, so the next poll finds a Backstop whose
+// name has another address now, however often that is. What waits goes through one connection.
+func TestAddressesThatMove(t *testing.T) {
+	for _, every := range []time.Duration{time.Second, 10 * time.Second, time.Minute} {
+		synctest.Test(t, func(t *testing.T) {
+			var asked []string
+			newServer := func() *bubbleNet {
+				n := &bubbleNet{accepted: make(chan net.Conn), closed: make(chan struct{})}
+				server := &http.Server{Handler: harness.AnswerWith(http.StatusOK, "ok")}
+				go server.Serve(n)
+				t.Cleanup(func() { server.Close() })
+				return n
+			}
+			first, second := newServer(), newServer()
+			now := first
+			b := mustBackstop(t, "http://backstop.test/publish/docker")
+			b.transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+				asked = append(asked, address)
+				return now.dial(ctx, network, address)
+			}
+			q, log := newRig(t, b.destination(), 1<<20, "")
+			end := delivering(t, q)
+			expect := func(why string, polls int, n *bubbleNet, made int32) {
+				t.Helper()
+				for range polls {
+					q.put(points(0, 1))
+					time.Sleep(every)
+					if q.waiting() > 0 || n.open.Load() > 0 {
+						t.Errorf("%s: %d wait, %d connections are open", why, q.waiting(), n.open.Load())
+					}
+				}
+				if n.made.Load() != made {
+					t.Errorf("%s: %d connections were made, want %d", why, n.made.Load(), made)
+				}
+			}
+			expect("at first", 5, first, 5)
+			now = second
+			expect("moved", 5, second, 5)
+			if first.made.Load() != 5 || len(asked) != 10 || asked[9] != "backstop.test:80" {
+				t.Errorf("it asked for %q", asked)
+			}
+			q.fill(0, 20)
+			time.Sleep(every)
+			if made := second.made.Load(); made != 6 || q.waiting() > 0 {
+				t.Errorf("for a backlog it made %d connections", made-5)
+			}
+			harness.Must(t, end())
+			if got := log.Take(); strings.Contains(got, "level=ERROR") {
+				t.Errorf("it logged %s", got)
+			}
+		})
 	}
 }

@@ -373,13 +373,16 @@ type sampling struct {
 // sample asks for the container and collects its metrics. What is known beside its stats is sent
 // also if these cannot be read. One that waits for its restart sends only .restarts.
 func (s *sampling) sample(ctx context.Context, body *answer) error {
-	known := s.known
+	known, start := s.known, time.Now()
 	err := s.sampleStats(ctx, body)
 	switch {
 	case errors.Is(err, errStopped):
 	case errors.Is(err, errRestarting):
 		s.add(".restarts", known.restarts)
-	case err == nil || !known.checkedAt.IsZero():
+	default:
+		if err != nil && !s.events.isKnown() && known.checkedAt.Before(start) {
+			known.facts = facts{} // it may have been restarted
+		}
 		known.flatten(&s.flattener, s.now)
 	}
 	if its := known.ends; its != nil && (!errors.Is(err, errStopped) || its.isAny()) {
@@ -405,7 +408,7 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown()) {
 		seen, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
-			known.forget()
+			known.facts = facts{}
 			return fmt.Errorf("its uptime: %w", err)
 		}
 		known.learn(seen)
@@ -432,8 +435,8 @@ func (s *sampling) read(ctx context.Context, body *answer) (*stats, origin, erro
 // ending is for how long an engine may say that a container runs whose process has ended.
 const ending = 1500 * time.Millisecond
 
-// doubt returns what is wrong with a container whose stats call failed with err, as it does for one
-// that does not run.
+// doubt returns what is wrong with a container whose stats call failed with err: engines have many
+// answers for one that does not run, and have the same for some that do.
 func (s *sampling) doubt(ctx context.Context, err error) error {
 	why := s.inspect(ctx)
 	if why == nil && s.known.news.said == "" { // it was well at the last poll
@@ -443,11 +446,11 @@ func (s *sampling) doubt(ctx context.Context, err error) error {
 		case <-ctx.Done():
 		}
 	}
-	switch {
-	case why != nil:
+	switch isOver := errors.Is(why, errStopped) || errors.Is(why, errRestarting); {
+	case isOver:
 		return why
 	case errors.Is(err, errStopped): // so it seemed
-		return errors.New("its stats answer is empty")
+		return cmp.Or(why, errors.New("its stats answer is empty"))
 	}
 	return err
 }

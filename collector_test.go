@@ -721,7 +721,7 @@ func TestTroubleThatComesAndGoes(t *testing.T) {
 				io.WriteString(w, well[r.URL.Path])
 			}
 			c.engine.client.HTTPClient.Transport = inBubble(answer)
-			for ; sweep < 3*int(time.Hour/poll); sweep++ {
+			for begun := time.Now(); time.Since(begun) < 3*time.Hour-poll; sweep++ {
 				c.about.askedAt = time.Time{} // /info, too
 				c.sweep(t.Context())
 				time.Sleep(poll)
@@ -815,4 +815,38 @@ func TestOnlyConnectionsMakeTheEngineSuspect(t *testing.T) {
 	if pings.Load() != 1 {
 		t.Errorf("%d pings", pings.Load())
 	}
+}
+
+// While the host's clock is not set, there are no points: they would be of a time before 2013.
+func TestNoPollBeforeTheClockIsSet(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		c, log := collecting(t, "http://engine.test", maxCall)
+		c.engine.client.HTTPClient.Transport = inBubble(func(w http.ResponseWriter, r *http.Request) {
+			asked++
+			io.WriteString(w, map[string]string{"/containers/json": `[{"Id":"1","Names":["/web"]}]`,
+				"/containers/1/stats": smallStats, "/containers/1/json": smallInspect,
+				"/info": `{"Name":"h"}`}[r.URL.Path])
+		})
+		q, _ := newRig(t, destination{name: "Backstop"}, 1<<20, "")
+		p := &pipeline{collector: c, queue: q.queue, delivery: q.delivery,
+			service: newService(time.Hour, q.queue), log: c.log}
+		for range 3 {
+			result := p.sweep(t.Context())
+			if result.err != errNoClock || len(result.metrics) > 0 || q.waiting() > 0 || asked > 0 {
+				t.Errorf("in 2000: %v, %d questions, %d metrics", result.err, asked, q.waiting())
+			}
+			time.Sleep(time.Minute)
+		}
+		logged(t, log, 1, `level=ERROR msg="not polling: the clock of this host is not set" now=2000-01-01`)
+		time.Sleep(time.Until(noClock) + time.Hour) // it is set
+		result := p.sweep(t.Context())
+		wants(t, "in 2013", result, "web.uptime 60", "h.metrics.sampled 1", "h.metrics.sent 0")
+		for _, m := range result.metrics {
+			if m.time < noClock.Unix() {
+				t.Errorf("%s is of %s", m.name(), inUTC(m.time))
+			}
+		}
+		logged(t, log, 1, `level=INFO msg="Docker engine answers"`)
+	})
 }

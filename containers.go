@@ -17,6 +17,7 @@ type containers struct {
 	rules   rules
 	log     *slog.Logger
 	byID    map[string]*container // all of the last list that have an id and a name
+	before  map[string]*container // byID at the poll before
 	holders map[string]*container // those that have a path of metrics, by that path
 	ends    map[string]*ends      // by path, from the first answer to /events on
 }
@@ -101,7 +102,7 @@ func (cs *containers) remember(list []listed) {
 			known.name, known.naming = name, naming{}
 		}
 	}
-	cs.byID = byID
+	cs.before, cs.byID = cs.byID, byID
 }
 
 // imageless returns the containers whose rules look at an image that only inspect knows: a newer
@@ -126,13 +127,20 @@ func (cs *containers) apply(host string) {
 		if known.err == nil && (known.path == "" || known.host != host) {
 			known.madeOf = cmp.Or(known.madeOf, known.Image)
 			who := subject{known.name, known.ID, known.madeOf, known.labels()}
-			known.naming, known.host = cs.rules.apply(who, host), host
-			if host == "" && known.naming != cs.rules.apply(who, "other") {
-				known.naming, known.err = naming{}, errNoHost
-			}
+			known.host = host
+			known.naming, known.err = cs.nameOn(host, who)
 		}
 		known.Labels = nil // they may be long
 	}
+}
+
+// nameOn returns what the rules make of who on that host. While that is unknown, some fail.
+func (cs *containers) nameOn(host string, who subject) (naming, error) {
+	n := cs.rules.apply(who, host)
+	if host == "" && n != cs.rules.apply(who, "other") {
+		return naming{}, errNoHost
+	}
+	return n, nil
 }
 
 // share gives each path to one container: to the one that has it already, else to the oldest.
@@ -208,9 +216,10 @@ func (cs *containers) learnEvents(fresh []event, found *census, host string) {
 	cs.ends = kept
 	for i := range fresh {
 		one := &fresh[i]
-		known, kind := cs.byID[one.key().id], one.kind()
+		id, kind := one.key().id, one.kind()
+		known := cmp.Or(cs.byID[id], cs.before[id])
 		if known != nil && (kind == started || kind == updated) {
-			known.checkedAt = time.Time{}
+			known.facts = facts{}
 		}
 		if kind != killed && kind != failed {
 			continue
@@ -231,8 +240,8 @@ func (cs *containers) learnEvents(fresh []event, found *census, host string) {
 	}
 }
 
-// pathOf returns the path of the container of an event, known if it is in the list, "" if it has
-// none of its own.
+// pathOf returns the path of the container of an event, which is known if it is or was in the list.
+// It is "" for one that has none of its own: it is left out, or lived beside the one that has it.
 func (cs *containers) pathOf(known *container, one *event, host string) string {
 	if known != nil {
 		if known.err != nil || known.drop {
@@ -242,10 +251,12 @@ func (cs *containers) pathOf(known *container, one *event, host string) string {
 	}
 	its := one.attributes()
 	who := subject{its["name"], one.key().id, its["image"], its}
-	if n := cs.rules.apply(who, host); !n.drop && who.name != "" {
-		return n.path
+	n, err := cs.nameOn(host, who)
+	holder := cs.holders[n.path]
+	if err != nil || n.drop || who.name == "" || holder != nil && cs.before[holder.ID] != nil {
+		return ""
 	}
-	return ""
+	return n.path
 }
 
 // isAny reports whether any run ended badly.
@@ -271,10 +282,12 @@ func (known *container) isStale(cpu count, hasEvents bool) bool {
 
 // learn takes over what inspect says. Of one that does not run just now, that will change soon.
 func (known *container) learn(seen *inspected) {
-	known.facts = facts{
-		restarts: seen.RestartCount, exitCode: seen.State.ExitCode, cpuLimit: seen.cpuLimit(),
+	started, _ := time.Parse(time.RFC3339Nano, seen.State.StartedAt)
+	if !started.Equal(known.startedAt) {
+		known.up = 0
 	}
-	known.startedAt, _ = time.Parse(time.RFC3339Nano, seen.State.StartedAt)
+	known.facts = facts{startedAt: started, restarts: seen.RestartCount,
+		exitCode: seen.State.ExitCode, cpuLimit: seen.cpuLimit()}
 	if seen.State.Running && !seen.State.Restarting {
 		known.checkedAt = time.Now()
 	}
@@ -292,9 +305,6 @@ func (known *container) learnImage(seen *inspected, err error) {
 	known.learn(seen)
 	known.madeOf = cmp.Or(seen.Config.Image, known.Image)
 }
-
-// forget is for a container of which nobody knows whether it was restarted.
-func (known *container) forget() { known.last, known.checkedAt = nil, time.Time{} }
 
 // percent returns how much CPU it used since the last sample, and keeps this one.
 func (known *container) percent(sample *cpuSample) (percent float64, ok bool) {
@@ -319,7 +329,9 @@ var noClock = time.Date(2013, 1, 1, 0, 0, 0, 0, time.UTC)
 // flatten adds what is known of a container beside its stats, at a time of the engine's.
 func (known *container) flatten(f *flattener, at time.Time) {
 	if known.startedAt.After(noClock) {
-		known.up = max(at.Sub(known.startedAt), 0)
+		if up := at.Sub(known.startedAt); up > 0 { // else its clock was set back
+			known.up = up
+		}
 		f.addCount(".uptime", int(known.up/time.Second))
 	}
 	f.add(".restarts", known.restarts)

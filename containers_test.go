@@ -3,11 +3,13 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/deliverous/docker-stats-to-backstop/script/harness"
@@ -355,6 +357,206 @@ func TestHealth(t *testing.T) {
 		}
 		if asked != test.asks {
 			t.Errorf("%s: inspect was asked %d times, want %d", test.why, asked, test.asks)
+		}
+	}
+}
+
+// An engine's clock can be set back while it runs. A restart shows at the next poll, whether
+// /events is refused or not, and whatever else is compared with a time goes on.
+func TestClockThatIsSetBack(t *testing.T) {
+	for _, back := range []time.Duration{time.Hour, 24 * time.Hour, time.Second, -time.Hour} {
+		for _, refused := range []bool{false, true} {
+			why := fmt.Sprintf("back by %s, /events refused %t", back, refused)
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Until(noClock) + 48*time.Hour)
+				ahead, past := time.Duration(0), &pastEvents{refused: refused}
+				now := func() time.Time { return time.Now().Add(ahead).UTC() }
+				started, restarts, cpu := now().Add(-10*time.Minute), 0, 5e9
+				c, log := collecting(t, "http://engine.test", maxCall)
+				c.engine.client.HTTPClient.Transport = inBubble(func(w http.ResponseWriter, r *http.Request) {
+					w.Header().Set("Date", now().Format(http.TimeFormat))
+					switch r.URL.Path {
+					case "/info":
+						io.WriteString(w, `{"Name":"h"}`)
+					case "/containers/json":
+						io.WriteString(w, `[{"Id":"1","Names":["/web"],"Status":"Up 10 minutes"}]`)
+					case "/containers/1/stats":
+						fmt.Fprintf(w, `{"read":%q,"cpu_stats":{"cpu_usage":{"total_usage":%.0f}}}`,
+							now().Format(time.RFC3339Nano), cpu)
+					case "/containers/1/json":
+						fmt.Fprintf(w, `{"State":{"Running":true,"StartedAt":%q},"RestartCount":%d}`,
+							started.Format(time.RFC3339Nano), restarts)
+					case "/events":
+						past.ServeHTTP(w, r)
+					}
+				})
+				polls := func(what string, lines ...string) {
+					t.Helper()
+					wants(t, why+", "+what, c.sweep(t.Context()), append(lines, "h.metrics.failed 0")...)
+					time.Sleep(30 * time.Second)
+					cpu += 15e9
+				}
+				polls("at first", "web.uptime 600", "web.restarts 0", "!web.cpu.percent")
+				polls("later", "web.uptime 630", "web.cpu.percent 50")
+				ahead -= back
+				age := func(age time.Duration) string { // what is not known is as it was
+					if age -= back; age < 0 {
+						age = 630 * time.Second
+					}
+					return fmt.Sprintf("web.uptime %.0f", age.Seconds())
+				}
+				polls("set back", age(660*time.Second), "web.restarts 0")
+				polls("then", age(690*time.Second), "web.restarts 0", "web.cpu.percent 50")
+				started, restarts = now().Add(-7*time.Second), 1
+				past.add("1", "die", `"name":"web","exitCode":"1"`, started.Add(-time.Second))
+				past.add("1", "start", `"name":"web"`, started)
+				polls("restarted", "web.uptime 7", "web.restarts 1", "!web.cpu.percent")
+				polls("after that", "web.uptime 37", "web.restarts 1", "web.cpu.percent 50")
+				if !refused {
+					polls("counted", "web.failed_exits 1", "h.events.die_nonzero 1", "h.events.start 1")
+				}
+				if got := log.Take(); strings.Contains(got, "level=ERROR") {
+					t.Errorf("%s: it logged %s", why, got)
+				}
+			})
+		}
+	}
+}
+
+// What is known is sent, whatever stats answers: one line, and failed 1.
+func TestWhatIsKnownIsSent(t *testing.T) {
+	const inspect = `{"State":{"Running":true,"StartedAt":"2026-01-01T00:00:00Z",` +
+		`"Health":{"Status":"unhealthy"}},"RestartCount":3,"HostConfig":{"NanoCpus":1500000000}}`
+	known := []string{"web.restarts 3", "web.health 0", "web.cpu.limit 1.5", "!web.memory",
+		"!web.cpu.total", "h.metrics.failed 1", "h.metrics.sampled 0", "h.containers.total 1"}
+	for why, answer := range map[string]http.HandlerFunc{
+		"409":       harness.AnswerWith(409, `{"message":"busy"}`),
+		"500":       harness.AnswerWith(500, `{}`),
+		"403":       harness.AnswerWith(403, `no`),
+		"429":       harness.AnswerWith(429, `later`),
+		"400":       harness.AnswerWith(400, `{"message":"bad parameter"}`),
+		"404":       harness.AnswerWith(404, `{}`),
+		"302":       harness.AnswerWith(302, ``),
+		"zero read": harness.AnswerWith(200, caseOf(t, "zero_read.json")),
+		"no read":   harness.AnswerWith(200, `{"message":"no metrics received"}`),
+		"empty":     harness.AnswerWith(200, ``),
+		"null":      harness.AnswerWith(200, `null`),
+		"an array":  harness.AnswerWith(200, `[]`),
+		"no JSON":   harness.AnswerWith(200, `<html>`),
+		"broken":    harness.AnswerWith(200, `{"read":"2026-01-01T00:0`),
+	} {
+		for _, refused := range []bool{false, true} {
+			town := newTown(t, "")
+			town.past.refused = refused
+			town.has(`1 web,"Status":"Up 3 weeks (unhealthy)"`)
+			town.answers["/containers/1/json"] = inspect
+			engine := func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Date", "Thu, 01 Jan 2026 00:02:00 GMT")
+				if r.Body = http.NoBody; r.URL.Path == "/containers/1/stats" {
+					answer(w, r)
+					return
+				}
+				town.Config.Handler.ServeHTTP(w, r)
+			}
+			town.engine.client.HTTPClient.Transport = inBubble(engine)
+			synctest.Test(t, func(t *testing.T) {
+				town.t = t
+				time.Sleep(time.Until(noClock)) // a bubble's clock begins in 2000
+				for range 3 {
+					town.polls(why, append(known, "web.uptime 120")...)
+				}
+				if n := strings.Count(town.log.Take(), "level=ERROR"); n != 1 {
+					t.Errorf("%s: it logged %d errors", why, n)
+				}
+				town.answers["/containers/1/json"] = strings.Replace(inspect, ":3,", ":4,", 1)
+				town.polls(why+", restarted", "web.restarts 4", "web.uptime 120")
+				delete(town.answers, "/containers/1/json")
+				town.polls(why+", and gone", "!web.restarts", "!web.uptime", "!web.cpu.limit", "!web.health")
+			})
+		}
+	}
+}
+
+// In each poll, all that run are read, failed, left out, dropped, or have just ended, which one
+// does once.
+func TestTheSumsAddUp(t *testing.T) {
+	list := func(state string) string {
+		return `[{"Id":"1","Names":["/well"],"State":"` + state + `"},
+			{"Id":"2","Names":["/sick"],"State":"running"},
+			{"Id":"3","Names":["/gone"],"State":"running"},
+			{"Id":"4","Names":["/web-1"],"State":"running","Created":4},
+			{"Id":"5","Names":["/web-2"],"State":"running","Created":5},
+			{"Id":"6","Names":["/secret"],"State":"running"},
+			{"Id":"7","Names":["/loop"],"State":"restarting"},
+			{"Id":"8","Names":["/paused"],"State":"paused"},
+			{"Id":"9","Names":["/image"],"State":"running","Image":"sha256:33b9f1857b34"},
+			{"Id":"10","Names":[],"State":"running"},
+			{"Id":"","Names":["/x"],"State":"running"},
+			{"Id":"11","Names":["/over"],"State":"exited"},
+			{"Id":"12","Names":["/podman"],"State":"stopped"},
+			{"Id":"13","Names":["/new"],"State":"created"}]`
+	}
+	s, c, log := newSmall(t, list("running"))
+	c.containers.rules = mustRules(t, `[{"regexp":"^secret","drop":true},`+
+		`{"regexp":"^web-\\d$","into":"web"},{"regexp":"^redis","from":"image","into":"redis"}]`)
+	for _, id := range []string{"1", "2", "4", "5", "6", "8"} {
+		s.container(id, smallInspect, smallStats)
+	}
+	s.answers["/containers/2/stats"] = "[]"
+	s.container("7", `{"State":{"Running":true,"Restarting":true},"RestartCount":9}`, ``)
+	s.answers["/containers/9/json"] = "[]" // without its image, no rule can be applied
+	for poll, ended := range []int{1, 0, 0, 0} {
+		if poll == 2 {
+			s.answers["/containers/json"] = list("stopping") // as Podman says of one that still runs
+		}
+		result := c.sweep(t.Context())
+		wants(t, fmt.Sprint("poll ", poll), result, "h.containers.total 9", "h.containers.running 7",
+			"h.containers.paused 1", "h.containers.stopped 4", "h.metrics.sampled 4",
+			fmt.Sprintf("h.metrics.failed %d", 3-ended), "h.metrics.collisions 1", "well.uptime 60",
+			"paused.uptime 60", "web.uptime 60", "loop.restarts 9", "!gone.", "!over.", "!podman.",
+			"!image.", "!secret.", "sick.restarts 3", "!sick.memory")
+		const dropped = 1
+		if sum := result.sampled + result.failed + result.collisions + dropped + ended; sum != 9 {
+			t.Errorf("poll %d: the sum is %d", poll, sum)
+		}
+	}
+	got := log.Take()
+	for _, line := range []string{`container=gone error="the engine's list has it, poll after poll`,
+		`container=sick error="its stats answer is not what was asked for: an array instead of an`,
+		`container=image error="its image: the answer is not what was asked for: an array instead of`} {
+		if strings.Count(got, line) != 1 {
+			t.Errorf("not once %s in\n%s", line, got)
+		}
+	}
+	if n := strings.Count(got, "level=ERROR"); n != 3 {
+		t.Errorf("%d errors in\n%s", n, got)
+	}
+	s.container("3", smallInspect, smallStats)
+	wants(t, "found", c.sweep(t.Context()), "gone.uptime 60", "h.metrics.failed 2",
+		"h.metrics.sampled 5")
+	if got := log.Take(); got != "level=INFO msg=\"container can be read again\" container=gone\n" {
+		t.Errorf("it logged %s", got)
+	}
+}
+
+// An image that is only an id has no name: rules on images do not see it.
+func TestImagesThatAreIDs(t *testing.T) {
+	const id = "33b9f1857b3433b9f1857b3433b9f1857b3433b9f1857b3433b9f1857b34aaaa"
+	for image, path := range map[string]string{
+		"sha256:" + id: "web", id: "web", id[:12]: "web", "sha256:" + id[:12]: "web", "": "web",
+		"redis": "of.redis", "redis:7": "of.redis_7", "redis@sha256:" + id: "of.redis_sha256_" + id,
+		"deadbeef": "of.deadbeef", "localhost:5000/" + id[:12]: "of.localhost_5000_" + id[:12],
+	} {
+		s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Image":"`+image+`"}]`)
+		c.containers.rules = mustRules(t,
+			`{"regexp":"^(?P<image>.*)$","from":"image","into":"of.${image}"}`)
+		config := `{"Config":{"Image":"` + image + `"},`
+		s.container("1", strings.Replace(smallInspect, "{", config, 1), smallStats)
+		for range 2 {
+			wants(t, image, c.sweep(t.Context()), path+".uptime 60", "h.metrics.sampled 1")
+		}
+		if got := log.Take(); strings.Contains(got, "level=ERROR") {
+			t.Errorf("%s: it logged %s", image, got)
 		}
 	}
 }

@@ -545,7 +545,7 @@ func decodeEvents(body []byte) (all []event, err error) {
 		if errors.Is(err, io.EOF) {
 			return all, nil
 		}
-		if err != nil && !errors.As(err, new(*json.UnmarshalTypeError)) {
+		if err = cmp.Or(err, decodeLoosely(text, &one)); err != nil {
 			return nil, fmt.Errorf("the events: %w", err)
 		}
 		if all = append(all, one); len(all) > maxEntries {
@@ -682,14 +682,6 @@ var (
 	// that of a container whose process has just ended.
 	errNoTime = errors.New("its stats answer has no time of reading")
 )
-
-// isDoubtful reports whether err, of a stats call, is one that engines also have for a container
-// that does not run: an answer with nothing in it, or such a status.
-func isDoubtful(err error) bool {
-	status := statusOf(err)
-	return errors.Is(err, errStopped) || errors.Is(err, errNoTime) || status >= 500 ||
-		status == http.StatusNotFound || status == http.StatusConflict
-}
 
 // isConnectionError reports whether err came before there was an answer, and is no timeout: the
 // engine may be in trouble, and not the container.

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -384,6 +385,88 @@ func TestHintInTheImage(t *testing.T) {
 		t.Setenv("container", container)
 		if hint := engineHint(os.ErrPermission); !strings.HasSuffix(hint, ": "+want) {
 			t.Errorf("with container=%s it says %q", container, hint)
+		}
+	}
+}
+
+// Whichever tells that an engine is one for Windows: its CPU time is in 100 ns.
+func TestWindowsIsTold(t *testing.T) {
+	stats := harness.ReadFile(t, "testdata/engine/windows/stats-web.json")
+	inBody := strings.Replace(stats, "{", `{"os_type":"windows",`, 1)
+	for _, test := range []struct {
+		why, path, header, value string // of the header of that path's answer
+		stats, info              string
+		windows                  bool
+	}{
+		{"nothing", "", "", "", stats, `{"Name":"h"}`, false},
+		{"Linux", "/containers/1/stats", "Ostype", "linux", stats, `{"Name":"h","OSType":"linux"}`,
+			false},
+		{"Ostype", "/containers/1/stats", "Ostype", "windows", stats, `{"Name":"h"}`, true},
+		{"Ostype of the ping", "/_ping", "Ostype", "windows", stats, `{"Name":"h"}`, true},
+		{"the body", "", "", "", inBody, `{"Name":"h"}`, true},
+		{"Server of the ping", "/_ping", "Server", "Docker/20.10.9 (windows)", stats, `{"Name":"h"}`,
+			true},
+		{"/info", "", "", "", stats, `{"Name":"h","OSType":"windows"}`, true},
+		{"/info, without a name", "", "", "", stats, `{"OSType":"windows"}`, true},
+	} {
+		s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"],"Status":"Up 3 hours"}]`)
+		s.container("1", smallInspect, test.stats)
+		s.answers["/info"] = test.info
+		handler := s.Config.Handler
+		s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == test.path {
+				w.Header().Set(test.header, test.value)
+			}
+			handler.ServeHTTP(w, r)
+		})
+		want := map[bool]string{true: "1421875000", false: "14218750"}[test.windows]
+		for range 2 {
+			wants(t, test.why, c.sweep(t.Context()), "web.cpu.total "+want, "web.memory.commit 77160448")
+		}
+	}
+}
+
+// The large answers that there are, are read: 35,000 ids of a health check, or as many volumes.
+func TestLargeTruths(t *testing.T) {
+	many := func(n int) string {
+		return `"` + strings.Repeat("0123456789abcdef", 4) + `"` +
+			strings.Repeat(`,"`+strings.Repeat("fedcba9876543210", 4)+`"`, n-1)
+	}
+	for _, n := range []int{35_000, 350_000} {
+		s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"],"Labels":{"a":[`+many(n)+`]}}]`)
+		s.container("1", strings.Replace(smallInspect, "{", `{"ExecIDs":[`+many(n)+`],`, 1),
+			strings.Replace(smallStats, "{", `{"x":[`+many(n)+`],`, 1))
+		s.answers["/info"] = `{"Warnings":[` + many(n) + `],"Name":"h","MemTotal":8.388608e+06}`
+		wants(t, fmt.Sprint(n), c.sweep(t.Context()), "web.uptime 60", "web.restarts 3",
+			"web.memory.usage 1", "h.containers.total 1", "h.metrics.sampled 1")
+		if got := log.Take(); strings.Contains(got, "WARN") || strings.Contains(got, "ERROR") {
+			t.Errorf("%d: it logged %s", n, got)
+		}
+	}
+}
+
+// An answer of the wrong kind is named in JSON's words, whichever it is.
+func TestWrongKinds(t *testing.T) {
+	for answer, want := range map[string]string{
+		`[]`: "an array", `"x"`: "a string", `7`: "a number", `true`: "true or false",
+		`{}`: "an object",
+	} {
+		for _, path := range []string{"/containers/json", "/info", "/containers/1/json", "/events",
+			"/containers/1/stats"} {
+			isList := path == "/containers/json"
+			if isList == (answer == "[]") || !isList && answer == "{}" {
+				continue
+			}
+			s, c, log := newSmall(t, `[{"Id":"1","Names":["/web"]}]`)
+			s.container("1", smallInspect, smallStats)
+			s.answers[path] = answer
+			c.engine.timeout = 4 * time.Second
+			c.sweep(t.Context())
+			kind := map[bool]string{true: "an array", false: "an object"}[isList]
+			got := log.Take()
+			if !strings.Contains(got, want+" instead of "+kind) || strings.Contains(got, "main.") {
+				t.Errorf("%s answers %s: it logged %s", path, answer, got)
+			}
 		}
 	}
 }

@@ -37,7 +37,7 @@ type naming struct {
 }
 
 // imageID is what a list shows when the image's name means another image by now.
-var imageID = regexp.MustCompile(`^(sha256:[0-9a-f]{64}|[0-9a-f]{12,64})$`)
+var imageID = regexp.MustCompile(`^(sha256:)?[0-9a-f]{12,64}$`)
 
 // apply returns what the rules make of s on a host. Of a longer text, they see the start: a path is
 // no longer, and there are labels of megabytes.

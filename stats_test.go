@@ -611,3 +611,27 @@ func TestManyDevicesTakeLinearTime(t *testing.T) {
 		t.Errorf("%d metrics of 15,000 devices in %s", len(f.metrics), took)
 	}
 }
+
+// A whole number is one however it is written, in stats, inspect and /info alike.
+func TestWholeNumbers(t *testing.T) {
+	for text, want := range map[string]string{
+		"67108864": "67108864", "6.7108864e+07": "67108864", "6.7108864E7": "67108864",
+		"1e3": "1000", "1.5e1": "15", "0e5": "0", "0.0": "0", "12.0": "12", "100e-2": "1",
+		"18014398509481984": "18014398509481984", "9007199254740993": "9007199254740993",
+		"1.55e1": "", "0.5": "", "-1e3": "", "1e19": "", "1e400": "", `"1e3"`: "", `"7"`: "", "true": "",
+		"[7]": "", "null": "", "{}": "",
+	} {
+		s, c, _ := newSmall(t, `[{"Id":"1","Names":["/web"]}]`)
+		s.container("1", strings.Replace(smallInspect, "3", text, 1), `{"read":"2026-01-01T00:01:00Z",`+
+			`"pids_stats":{"current":`+text+`},"memory_stats":{"usage":`+text+`}}`)
+		s.answers["/info"] = `{"Name":"h","NCPU":` + text + `}`
+		lines := []string{"web.pids.current " + want, "web.memory.usage " + want, "web.restarts " + want}
+		if want != "0" {
+			lines = append(lines, "web.cpu.online "+want)
+		}
+		if want == "" {
+			lines = []string{"!web.pids.current", "!web.memory.usage", "!web.restarts", "!web.cpu.online"}
+		}
+		wants(t, text, c.sweep(t.Context()), append(lines, "h.metrics.failed 0", "web.uptime 60")...)
+	}
+}
