@@ -15,7 +15,8 @@ import (
 func env(name string) string { return strings.TrimSpace(os.Getenv(name)) }
 
 // dockerContext returns the name of the docker command's context and the engine's address in it,
-// without a user; "" if there is none, it is not known, or DOCKER_HOST has precedence.
+// without a user; "" if there is none, or it is not known. DOCKER_HOST has precedence over the
+// current context, and DOCKER_CONTEXT, by its documentation, over both.
 // https://docs.docker.com/engine/manage-resources/contexts/
 func dockerContext() (name, endpoint string) {
 	home, _ := os.UserHomeDir()
@@ -25,12 +26,12 @@ func dockerContext() (name, endpoint string) {
 			_ = json.Unmarshal([]byte(text), into)
 		}
 	}
-	if name = env("DOCKER_CONTEXT"); name == "" {
+	if name = env("DOCKER_CONTEXT"); name == "" && env("DOCKER_HOST") == "" {
 		var config struct{ CurrentContext string }
 		read(&config, "config.json")
 		name = config.CurrentContext
 	}
-	if name == "" || name == "default" || env("DOCKER_HOST") != "" {
+	if name == "" || name == "default" {
 		return "", ""
 	}
 	var meta struct {
