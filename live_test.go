@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net/http"
 	"net/http/httptest"
@@ -794,6 +795,75 @@ func TestLiveRestarts(t *testing.T) {
 		named := byName(t, c.sweep(t.Context()).metrics)
 		uptimeIs(t, named, "falls", container.State.StartedAt)
 		e.Exec(t, id, "/busybox", "touch", "/fall")
+	}
+}
+
+// How containers ended is counted by their name: also of one that is made anew under it, is
+// restarted again and again, or was there between two polls only.
+func TestLiveEnds(t *testing.T) {
+	e := harness.Usual(t)
+	c, log := liveCollector(t, e)
+	none := docker.HostConfig{NetworkMode: "none"}
+	const waits = "until [ -e /fall ]; do /busybox sleep 0.1; done; "
+	tight := docker.HostConfig{NetworkMode: "none", Memory: 6 << 20, MemorySwap: 6 << 20}
+	ids := []string{
+		e.Run(t, "fails", waits+"exit 1", none),
+		// tail keeps what it has read, and this has no line end.
+		e.Run(t, "oom", waits+"exec /busybox tail /dev/zero", tight),
+		e.Run(t, "well", waits+"exit 0", none),
+	}
+	e.Run(t, "job", "", none)
+	last := map[string]metric{} // the last point of each, as Graphite has it
+	is := func(name string) uint64 { return last[name].value.n }
+	until := func(what string, wanted func() bool) {
+		t.Helper()
+		sweepUntil(t, c, what, func(named map[string]metric) bool {
+			maps.Copy(last, named)
+			return wanted()
+		})
+	}
+	until("at first", func() bool { return len(last) > 0 })
+	for _, name := range []string{"fails", "oom", "well", "job"} {
+		for _, of := range []string{".oom_kills", ".failed_exits"} {
+			if m, there := last[name+of]; !there || m.value.n != 0 {
+				t.Errorf("%s%s begins with %v, %t", name, of, m, there)
+			}
+		}
+	}
+	remove := func(name string) {
+		t.Helper()
+		_, err := e.WaitContainer(e.Name(t, name))
+		harness.Must(t, err)
+		harness.Must(t, e.Remove(e.Name(t, name)))
+	}
+	for _, id := range ids {
+		e.Exec(t, id, "/busybox", "touch", "/fall")
+	}
+	remove("fails")
+	remove("oom")
+	remove("well")
+	until("exit 1, and an OOM kill", func() bool {
+		return is("fails.failed_exits") == 1 && is("oom.failed_exits") == 1 && is("oom.oom_kills") > 0
+	})
+	e.Run(t, "fails", waits+"exit 1", none)
+	delete(last, "fails.failed_exits")
+	until("made anew", func() bool { return is("fails.failed_exits") == 1 })
+	harness.Must(t, e.Remove(e.Name(t, "job"))) // which kills it
+	until("killed", func() bool { return is("job.failed_exits") == 1 })
+	for range 2 {
+		e.Run(t, "job", "exit 3", none)
+		remove("job")
+	}
+	until("there between two polls, twice", func() bool { return is("job.failed_exits") == 3 })
+	e.Run(t, "loop", "exit 7", docker.HostConfig{NetworkMode: "none",
+		RestartPolicy: docker.AlwaysRestart()})
+	until("a crash loop", func() bool { return is("loop.failed_exits") > 3 && is("loop.restarts") > 2 })
+	if n := is("fails.oom_kills") + is("well.failed_exits") + is("well.oom_kills") +
+		is("job.oom_kills") + is("loop.oom_kills"); n != 0 || is("fails.failed_exits") != 1 {
+		t.Errorf("in the end there are %v", last)
+	}
+	if got := log.Take(); strings.Contains(got, "level=ERROR") {
+		t.Errorf("it logged %s", got)
 	}
 }
 
