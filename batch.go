@@ -99,7 +99,7 @@ func (b *batch) putBack(left []byte) (gone int) {
 	return gone
 }
 
-// hasRead takes the body from the file of b, whose name may have another count: users may touch it.
+// hasRead takes the body from the file of b. Its name may have another count: users may touch it.
 func (b *batch) hasRead(body []byte) {
 	b.body, b.count = body, countOf(body)
 	b.file.metrics = b.count

@@ -536,24 +536,18 @@ func killTheDaemon(t *testing.T) {
 		<-clock.asked
 		return daemon
 	}
-	var sampled []string // but for the sweeps that were under way
+	var sampled []string
 	ended := func() {
-		clock.mu.Lock()
-		defer clock.mu.Unlock()
-		sampled = append(sampled, clock.served[:len(clock.served)-1]...)
-		clock.served = nil
-		select {
-		case <-clock.asked:
-		default:
-		}
+		sure, _ := clock.ended(time.Now())
+		sampled = append(sampled, sure...)
 	}
 	const lives = 20
 	for range lives {
 		daemon := start()
 		time.Sleep(rand.N(5 * time.Second)) // the random moment
 		daemon.Process.Kill()
-		daemon.Wait()
 		ended()
+		daemon.Wait()
 	}
 	daemon := start()
 	<-clock.asked // the first is queued now
