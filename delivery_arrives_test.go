@@ -372,9 +372,10 @@ func TestEverythingArrivesInSpiteOfKills(t *testing.T) {
 			t.Fatalf("it does not poll:\n%s", &log)
 		}
 		time.Sleep(time.Duration(random.IntN(3000)) * time.Millisecond) // the random moment
+		killed := time.Now()
 		daemon.Process.Kill()
-		kept, lost := clock.ended(time.Now())
 		daemon.Wait()
+		kept, lost := clock.ended(killed)
 		for _, name := range kept {
 			sure[name] = true
 		}

@@ -537,23 +537,24 @@ func killTheDaemon(t *testing.T) {
 		return daemon
 	}
 	var sampled []string
-	ended := func() {
-		sure, _ := clock.ended(time.Now())
+	ended := func(at time.Time) {
+		sure, _ := clock.ended(at)
 		sampled = append(sampled, sure...)
 	}
 	const lives = 20
 	for range lives {
 		daemon := start()
 		time.Sleep(rand.N(5 * time.Second)) // the random moment
+		killed := time.Now()
 		daemon.Process.Kill()
-		ended()
 		daemon.Wait()
+		ended(killed)
 	}
 	daemon := start()
 	<-clock.asked // the first is queued now
 	daemon.Process.Signal(syscall.SIGTERM)
 	harness.Must(t, daemon.Wait())
-	ended()
+	ended(time.Now().Add(time.Minute)) // it had all the time it wanted
 	missing := func() []string {
 		return slices.DeleteFunc(slices.Clone(sampled), func(metric string) bool {
 			return len(c.stored("docker."+metric)) > 0
