@@ -555,7 +555,7 @@ func TestLiveBadAnswers(t *testing.T) {
 	for _, want := range []string{
 		`msg="container cannot be read" container=` + e.Name(t, "hangs") + ` error="no answer within 5s"`,
 		`msg="container cannot be read" container=` + e.Name(t, "cut") +
-			` error="its stats answer is not what was asked for: unexpected end of JSON input"`,
+			` error="its stats answer is not what was asked for: unexpected EOF"`,
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("logged\n%swant %s", got, want)
