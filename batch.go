@@ -15,7 +15,7 @@ const (
 	// maxBatch is how many metrics a batch has at most: Backstop needs 50 ms for them.
 	maxBatch = 5_000
 	// maxBody bounds a body in bytes. maxBatch metrics of the longest names are less, so a file
-	// that unpacks to more is not one of ours.
+	// that unpacks to more is not from this program.
 	maxBody = 16 << 20
 	// diskBlock is what a file takes at least: the limit is one of room on the disk.
 	diskBlock = 4 << 10

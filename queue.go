@@ -68,7 +68,7 @@ func newQueue(limit int64, log *slog.Logger) *queue {
 	return q
 }
 
-// lock locks q for a change. What it returns unlocks q and wakes whoever waits for that.
+// lock locks q for a change. What it returns unlocks q and wakes all who wait for that.
 func (q *queue) lock() (unlock func()) {
 	q.mu.Lock()
 	return func() {
