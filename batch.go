@@ -51,11 +51,6 @@ type file struct {
 	size    int64 // bytes on the disk
 }
 
-func newBatch(metrics []metric) *batch {
-	oldest := slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) })
-	return &batch{oldest: oldest.time, count: len(metrics), body: encode(metrics)}
-}
-
 func (b *batch) isStored() bool { return b.file.name != "" }
 
 // size returns the bytes that b takes up: on the disk or, if it has no file, in memory, where the
@@ -80,11 +75,10 @@ func (b *batch) shrink() {
 
 // takeOut hands b out for delivery, with its body.
 func (b *batch) takeOut() (body []byte) {
-	b.isOut = true
-	if !isPacked(b.body) {
-		return b.body
+	b.isOut, body = true, b.body
+	if isPacked(body) {
+		body, _ = unpack(body) // pack made it
 	}
-	body, _ = unpack(b.body) // pack made it
 	return body
 }
 
@@ -114,19 +108,22 @@ type line struct {
 }
 
 func (l *line) add(metrics []metric) *batch {
-	b := newBatch(metrics)
-	b.isLate = l.trouble != ""
+	oldest := slices.MinFunc(metrics, func(a, b metric) int { return cmp.Compare(a.time, b.time) })
+	b := &batch{oldest: oldest.time, count: len(metrics), body: encode(metrics),
+		isLate: l.trouble != ""}
 	l.batches = append(l.batches, b)
 	return b
 }
 
-// addFound adds what an earlier run left, oldest first.
-func (l *line) addFound(files []file) {
+// addFound adds what an earlier run left, oldest first, and returns how many metrics that is.
+func (l *line) addFound(files []file) (metrics int) {
 	found := make([]*batch, len(files))
 	for i, f := range files {
 		found[i] = &batch{oldest: f.oldest, count: f.metrics, file: f, isLate: true}
+		metrics += f.metrics
 	}
 	l.batches = slices.Concat(found, l.batches)
+	return metrics
 }
 
 func (l *line) remove(b *batch) {
@@ -158,31 +155,22 @@ func (l *line) shrink() {
 	}
 }
 
-// goOn ends the trouble.
 func (l *line) goOn() { l.trouble = "" }
 
 // first returns the first in the order of delivery that isWanted, nil for none. In trouble that is
 // the one that failed least often, and of these the newest: a batch with something in it that makes
 // the receiver fail holds up no other.
 func (l *line) first(isWanted func(*batch) bool) (first *batch) {
-	if l.trouble != "" {
-		for _, b := range l.batches {
-			if isWanted(b) && (first == nil || b.failed <= first.failed) {
-				first = b
-			}
+	for _, b := range l.batches {
+		isBefore := first == nil || first.isLate && !b.isLate
+		if l.trouble != "" {
+			isBefore = first == nil || b.failed <= first.failed
 		}
-		return first
-	}
-	fresh := len(l.batches)
-	for fresh > 0 && !l.batches[fresh-1].isLate {
-		fresh--
-	}
-	for _, batches := range [][]*batch{l.batches[fresh:], l.batches[:fresh]} {
-		if i := slices.IndexFunc(batches, isWanted); i >= 0 {
-			return batches[i]
+		if isBefore && isWanted(b) {
+			first = b
 		}
 	}
-	return nil
+	return first
 }
 
 // size returns what is in l.
@@ -197,13 +185,12 @@ func (l *line) size() (metrics int, bytes int64) {
 // drop takes off the oldest batches until the rest fits, but none that is out: the receiver may
 // just have accepted it.
 func (l *line) drop(limit int64) (lost []*batch) {
-	_, held := l.size()
-	if held > limit {
+	if _, held := l.size(); held > limit {
 		for _, b := range l.batches {
 			b.shrink()
 		}
-		_, held = l.size()
 	}
+	_, held := l.size()
 	l.batches = slices.DeleteFunc(l.batches, func(b *batch) bool { // in order, each once
 		isLost := held > limit && !b.isOut
 		if isLost {
