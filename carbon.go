@@ -329,3 +329,14 @@ func (c *carbon) awaitEnd(conn *connection) error {
 		return socketError(conn.link.TCPConn)
 	}
 }
+
+// socketError returns an error of conn that came after the last call.
+func socketError(conn *net.TCPConn) (err error) {
+	raw, _ := conn.SyscallConn() // fails for nil only
+	code := 0
+	closed := raw.Control(func(fd uintptr) { code, err = takeError(fd) })
+	if code != 0 {
+		err = os.NewSyscallError("read", syscall.Errno(code))
+	}
+	return cmp.Or(closed, err)
+}

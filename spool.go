@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -40,11 +41,9 @@ const (
 	spoolTime = "20060102T150405Z"
 )
 
-var (
-	spoolName = regexp.MustCompile(`^(\d{8}T\d{6}Z)-(\d{10,18})-(\d{1,9})\.json\.gz(\.bad)?$`)
-	// unfinishedName is what writeDurably calls a file that it has not renamed yet.
-	unfinishedName = regexp.MustCompile(`^\.\d{8}T\d{6}Z-\d{10,18}-\d{1,9}\.json\.gz`)
-)
+// spoolName is a file's name. While writeDurably has not renamed it, there is a dot before it.
+var spoolName = regexp.MustCompile(
+	`^\.?(\d{8}T\d{6}Z)-(\d{10,18})-(\d{1,9})\.json\.gz(\.bad)?$`)
 
 // spoolTrouble says what is wrong with the folder dir as a spool, "" if nothing is, or if it is not
 // there yet. A user who may write to it could forge or remove metrics, or redirect what is written.
@@ -61,30 +60,19 @@ func spoolTrouble(dir string) string {
 		return fmt.Sprintf("other users may write to this folder (mode %#o): "+
 			"choose another one, or chmod go-w it", info.Mode().Perm())
 	}
-	lock, err := os.Lstat(filepath.Join(dir, lockName))
-	if err == nil && !lock.Mode().IsRegular() {
-		return fmt.Sprintf("%q in this folder is not from this program: "+
-			"choose a folder of its own", lockName)
-	}
 	return ""
 }
 
 var (
-	// errSpoolTaken is the trouble with a folder that another daemon uses.
 	errSpoolTaken = errors.New("another docker-stats-to-backstop uses this folder")
-	// errSpoolUnfit is what spoolTrouble says of a folder.
 	errSpoolUnfit = errors.New("not fit for a spool")
 )
 
 // isPermanent reports whether retrying open is pointless after err.
 func isPermanent(err error) bool {
-	for _, lasting := range []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist,
-		syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG} {
-		if errors.Is(err, lasting) {
-			return true
-		}
-	}
-	return false
+	lasting := []error{errSpoolTaken, errSpoolUnfit, fs.ErrPermission, fs.ErrExist,
+		syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG}
+	return slices.ContainsFunc(lasting, func(l error) bool { return errors.Is(err, l) })
 }
 
 // open makes the folder ours and returns the batches in it, oldest first. It is called again until
@@ -108,20 +96,18 @@ func (s *spool) open() ([]file, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.OpenRoot(s.dir)
+	entries, err := os.ReadDir(s.dir) // sorted, and so oldest first
 	if err == nil {
-		var entries []fs.DirEntry
-		if entries, err = fs.ReadDir(root.FS(), "."); err == nil { // sorted, and so oldest first
-			s.root, s.lock = root, lock
-			return s.load(entries), nil
-		}
-		root.Close()
+		s.root, err = os.OpenRoot(s.dir)
 	}
-	lock.Close()
-	return nil, err
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
+	s.lock = lock
+	return s.load(entries), nil
 }
 
-// load looks at what is in the folder.
 func (s *spool) load(entries []fs.DirEntry) (batches []file) {
 	var foreign []string
 	for _, entry := range entries {
@@ -130,11 +116,11 @@ func (s *spool) load(entries []fs.DirEntry) (batches []file) {
 		switch {
 		case name == lockName:
 			continue
-		case unfinishedName.MatchString(name):
-			s.remove(name) // its batch was not queued yet when we were killed
-			continue
 		case parts == nil:
 			foreign = append(foreign, name)
+			continue
+		case name[0] == '.':
+			s.remove(name) // its batch was not queued yet when we were killed
 			continue
 		}
 		counter, _ := strconv.ParseUint(parts[2], 10, 64)
@@ -171,7 +157,7 @@ func makeFolder(dir string) error {
 		return err
 	}
 	for above := filepath.Dir(dir); above != dir; dir, above = above, filepath.Dir(above) {
-		_ = syncPath(above) // that may not be ours to open
+		_ = syncFolder(os.Open, above) // that may not be ours to open
 	}
 	return nil
 }
@@ -190,9 +176,7 @@ func (s *spool) close() error {
 	if s.root == nil {
 		return nil
 	}
-	root, lock := s.root, s.lock
-	s.root = nil
-	return cmp.Or(root.Close(), lock.Close())
+	return cmp.Or(s.root.Close(), s.lock.Close())
 }
 
 // write puts a packed body into a file and into safety: after it, it outlives a loss of power. The
@@ -213,6 +197,29 @@ func (s *spool) write(packed []byte, oldest int64, metrics int, suffix string) (
 		s.bad = append(s.bad, f)
 	}
 	return f, nil
+}
+
+// writeDurably writes a file that is there wholly or not at all, whatever happens to the process or
+// to the power, and for its user alone. Windows has no way to rename it that survives a loss of
+// power for certain; there, what was cut off is found by its checksum.
+func writeDurably(root *os.Root, name string, data []byte) error {
+	unfinished := "." + name
+	if runtime.GOOS == "windows" {
+		unfinished = name
+	}
+	f, err := root.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = cmp.Or(err, f.Sync(), f.Close()); err == nil && unfinished != name {
+		err = root.Rename(unfinished, name)
+	}
+	if err != nil {
+		_ = root.Remove(unfinished)
+		return err
+	}
+	return syncFolder(root.Open, ".") // only then is the new name durable
 }
 
 // read returns the body in a file. A file that cannot be used is set aside, and the body is nil.
@@ -247,9 +254,7 @@ func bodyIn(packed []byte) ([]byte, error) {
 }
 
 // remove removes a file. If that fails, the next start finds it, and sends it again.
-func (s *spool) remove(name string) {
-	_ = s.root.Remove(name)
-}
+func (s *spool) remove(name string) { _ = s.root.Remove(name) }
 
 // setAside keeps a file that cannot be used for somebody to look at, as long as there is room.
 func (s *spool) setAside(f file, why error) {

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"io"
 	"io/fs"
@@ -15,33 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// writeDurably writes a file that is there wholly or not at all, whatever happens to the process or
-// to the power, and for its user alone.
-func writeDurably(root *os.Root, name string, data []byte) error {
-	unfinished := "." + name
-	f, err := root.OpenFile(unfinished, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = cmp.Or(err, f.Sync(), f.Close()); err == nil {
-		err = root.Rename(unfinished, name)
-	}
-	if err != nil {
-		_ = root.Remove(unfinished)
-		return err
-	}
-	folder, err := root.Open(".")
-	if err != nil {
-		return err
-	}
-	defer folder.Close()
-	return folder.Sync() // only then is the new name durable
-}
-
-// syncPath waits until the names in a folder are on the disk.
-func syncPath(dir string) error {
-	d, err := os.Open(dir)
+// syncFolder waits until the names in a folder are on the disk.
+func syncFolder(open func(name string) (*os.File, error), dir string) error {
+	d, err := open(dir)
 	if err != nil {
 		return err
 	}
@@ -59,10 +34,7 @@ func isOwn(info fs.FileInfo) bool {
 // Reading with a short deadline would not do: when this process was stopped meanwhile, that returns
 // without having looked.
 func readNow(conn *net.TCPConn, p []byte) (n int, err error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
+	raw, _ := conn.SyscallConn() // fails for nil only
 	closed := raw.Read(func(fd uintptr) bool {
 		for {
 			if n, err = syscall.Read(int(fd), p); err != syscall.EINTR {
@@ -94,18 +66,7 @@ func unacknowledged(conn *net.TCPConn) (n int) {
 	return n
 }
 
-// socketError returns an error of conn that came after the last call.
-func socketError(conn *net.TCPConn) error {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	code := 0
-	closed := raw.Control(func(fd uintptr) {
-		code, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
-	})
-	if code != 0 {
-		err = os.NewSyscallError("read", syscall.Errno(code))
-	}
-	return cmp.Or(closed, err)
+// takeError returns SO_ERROR of a socket, 0 for none.
+func takeError(fd uintptr) (code int, err error) {
+	return unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)
 }
