@@ -238,9 +238,9 @@ func (d *delivery) settle(ctx context.Context) error {
 // outage.
 func (d *delivery) delivered(b *batch, bad int, took time.Duration) {
 	d.pauses.reset()
-	wasLate, over := d.queue.done(b, bad, took)
+	over := d.queue.done(b, bad, took)
 	o := &d.outage
-	if wasLate {
+	if b.isLate {
 		o.waited += b.count - bad
 	}
 	if o.since.IsZero() {

@@ -107,8 +107,8 @@ func (q *queue) put(metrics []metric) {
 	q.log.Debug("queued", "metrics", len(metrics), q.state())
 }
 
-// bound drops the oldest batches until the rest fits. It is called with mu held, as all that
-// follows and does not lock.
+// bound drops the oldest batches until the rest fits. As all that does not lock, it is called with
+// mu held.
 func (q *queue) bound() {
 	lost, f := q.line.drop(q.limit), &q.figures
 	if len(lost) == 0 {
@@ -128,7 +128,6 @@ func (q *queue) bound() {
 	}
 }
 
-// tellLosses logs what was dropped since the last time.
 func (q *queue) tellLosses() {
 	if f := &q.figures; f.untold > 0 {
 		q.log.Error("no room for more metrics, dropping the oldest", "metrics", f.untold,
@@ -158,8 +157,6 @@ func (q *queue) turn() (b *batch, isOwed bool) {
 	b = q.line.first(func(b *batch) bool { return !b.isOut && (b.body != nil || owes(b)) })
 	return b, b != nil && owes(b)
 }
-
-// The next ones are for delivery.
 
 // next waits for the batch whose turn it is, and hands it out with its body. It returns nil when
 // none can be sent and the queue is closed or, with atOnce, open.
@@ -200,8 +197,8 @@ func (q *queue) posted(b *batch) {
 }
 
 // done takes b off the queue, of which so many metrics were bad, and ends the trouble. It reports
-// whether b was late, and whether no batch is any more.
-func (q *queue) done(b *batch, bad int, took time.Duration) (wasLate, over bool) {
+// whether no batch is late any more.
+func (q *queue) done(b *batch, bad int, took time.Duration) (over bool) {
 	defer q.lock()()
 	q.line.goOn()
 	q.line.remove(b)
@@ -213,12 +210,11 @@ func (q *queue) done(b *batch, bad int, took time.Duration) (wasLate, over bool)
 	if over = !q.line.hasLate(); over {
 		q.tellLosses()
 	}
-	return b.isLate, over
+	return over
 }
 
 // putBack ends the delivery of b, of which left is still to be delivered, nil for all of it, and so
-// many metrics were bad. b is late now, and because of trouble, if there is any, so is everything
-// else.
+// many metrics were bad. b is late now, and in trouble so is everything else.
 func (q *queue) putBack(b *batch, left []byte, bad int, trouble string) {
 	defer q.lock()()
 	q.figures.sent += uint64(b.putBack(left) - bad)
@@ -232,8 +228,6 @@ func (q *queue) hasFresh() bool {
 	defer q.mu.Unlock()
 	return q.line.first(func(b *batch) bool { return !b.isOut && !b.isLate }) != nil
 }
-
-// The next ones are about the disk.
 
 // useSpool keeps the queue in s as well, and queues what an earlier run left there. A folder that
 // will never do is an error; one that does not work now may do so later, which is logged.
@@ -330,19 +324,14 @@ func (q *queue) open() error {
 	})
 	q.disk.isOpen, q.disk.trouble = err == nil, err
 	if len(found) > 0 {
-		q.line.addFound(found)
-		metrics := 0
-		for _, f := range found {
-			metrics += f.metrics
-		}
-		q.log.Info("metrics of an earlier run wait in the spool", "metrics", metrics,
+		q.log.Info("metrics of an earlier run wait in the spool",
+			"metrics", q.line.addFound(found),
 			"batches", len(found), "since", inUTC(found[0].oldest))
 		q.bound()
 	}
 	return err
 }
 
-// write writes b into a file.
 func (q *queue) write(b *batch) {
 	body, count, f := b.body, b.count, file{}
 	_, held := q.line.size()
@@ -363,7 +352,6 @@ func (q *queue) write(b *batch) {
 	}
 }
 
-// read reads the file of b.
 func (q *queue) read(b *batch) {
 	f, body := b.file, []byte(nil)
 	err := q.onDisk(func() (err error) {
@@ -412,8 +400,6 @@ func (q *queue) end() {
 	}
 }
 
-// The rest tells what is in the queue.
-
 // left returns how many metrics have files, how many have none, and how many were dropped.
 func (q *queue) left() (inFiles, inMemory, dropped int) {
 	q.mu.Lock()
@@ -450,7 +436,6 @@ func (q *queue) own(host string, at time.Time) []metric {
 	}
 }
 
-// state describes the queue for the log.
 func (q *queue) state() slog.Attr {
 	metrics, bytes := q.line.size()
 	return slog.Group("queue", "metrics", metrics, "batches", len(q.line.batches), "bytes", bytes)
