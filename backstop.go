@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -19,23 +20,9 @@ import (
 const (
 	// postTimeout is how long one request to Backstop may take.
 	postTimeout = 30 * time.Second
-	// keepAlive is how long an idle connection is kept. Backstop's server closes one
-	// after 20 s, and a request sent just then would be lost.
-	keepAlive = 15 * time.Second
-	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted
-	// in less.
-	leadAfter = time.Second
-	// leadPause is longer than the round trip between Backstop and Carbon: by then Backstop knows
-	// that the connection is dead.
-	leadPause = 50 * time.Millisecond
-	// maxPage bounds an answer, in bytes. An error page can have 140 KB, of which one line is used.
-	maxPage = 256 << 10
-	// pageTimeout is for an answer's body, once its header is there.
-	pageTimeout = time.Second
-	// maxTries is how often a request is sent that a server error answers, before delivery waits.
-	maxTries = 3
-	// maxRetryAfter is how far we follow a Retry-After.
-	maxRetryAfter = time.Hour
+	// What goes to Carbon at once. A relay takes this much without dropping lines.
+	carbonLines = 1_000
+	carbonBytes = 64 << 10
 )
 
 // destination is where metrics are delivered to.
@@ -62,9 +49,13 @@ type backstop struct {
 	auth      *url.Userinfo
 	transport transport     // a http.Client would follow redirects, and turn a POST into a GET
 	timeout   time.Duration // for a request
-	leadAfter time.Duration // the pause after which a lead goes ahead
-	leadPause time.Duration // between it and what follows
 	asked     time.Time     // when a request last succeeded, or a lead was last sent
+	// leadAfter is for how long we trust Backstop's connection to Carbon: Carbon is not restarted
+	// in less. After it, a lead goes ahead.
+	leadAfter time.Duration
+	// leadPause is longer than the round trip between Backstop and Carbon: by then Backstop knows
+	// that the connection is dead.
+	leadPause time.Duration
 }
 
 // newBackstop prepares for posting to an http or https URL such as
@@ -92,24 +83,20 @@ func newBackstop(text string) (*backstop, error) {
 		return nil, errors.New("no path in the URL; Backstop takes metrics at /publish/PREFIX, " +
 			"where PREFIX is one of its PREFIXES; " + want)
 	}
-	b := &backstop{url: u, auth: u.User, transport: transport{newTransport(postTimeout), maxPage},
-		timeout: postTimeout, leadAfter: leadAfter, leadPause: leadPause}
+	// An error page can have 140 KB, of which one line is used.
+	b := &backstop{url: u, auth: u.User, transport: transport{newTransport(postTimeout), 256 << 10},
+		timeout: postTimeout, leadAfter: time.Second, leadPause: 50 * time.Millisecond}
 	u.User, u.Fragment, u.RawFragment = nil, "", ""
 	// Backstop answers 404 to a trailing slash.
 	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/")
-	b.transport.IdleConnTimeout = keepAlive
+	// Backstop's server closes one after 20 s, and a request sent just then would be lost.
+	b.transport.IdleConnTimeout = 15 * time.Second
 	return b, nil
 }
 
 func (b *backstop) destination() destination {
-	return destination{name: "Backstop", address: b.String(), remote: true, post: b.post,
-		idle: b.transport.CloseIdleConnections}
-}
-
-// String is the URL as it may be shown: without credentials and without its query, which
-// may hold others.
-func (b *backstop) String() string {
-	return withoutUser(b.url)
+	return destination{name: "Backstop", address: withoutUser(b.url), remote: true,
+		post: b.post, idle: b.transport.CloseIdleConnections}
 }
 
 // post delivers a body from encode. It returns nil only when Backstop said that it has taken it
@@ -127,38 +114,24 @@ func (b *backstop) post(ctx context.Context, body []byte) error {
 			if err := b.insist(ctx, lastOf(body)); err != nil && !isToHalve(err) {
 				return err
 			}
-			if err := b.pause(ctx); err != nil {
-				return err
-			}
+			time.Sleep(b.leadPause)
 		}
 		b.asked = time.Now()
 	}
 	return b.insist(ctx, body)
 }
 
-// insist sends a request and, if a server error answers it, the same again. If one of several
-// Backstops behind a balancer is broken, the next one gets it. Waiting first, or beginning with the
-// lead again, could meet the same broken one each time.
+// insist sends a request and, if a server error answers it, the same again, up to twice. If one of
+// several Backstops behind a balancer is broken, the next one gets it. Waiting first, or beginning
+// with the lead again, could meet the same broken one each time.
 func (b *backstop) insist(ctx context.Context, body []byte) error {
 	for tries := 1; ; tries++ {
 		err := b.request(ctx, body)
 		var r *refusal
-		if !errors.As(err, &r) || r.status/100 != 5 || r.retryAfter > 0 || tries == maxTries {
+		if !errors.As(err, &r) || r.status/100 != 5 || r.retryAfter > 0 || tries == 3 {
 			return err
 		}
-		if err := b.pause(ctx); err != nil {
-			return err
-		}
-	}
-}
-
-// pause waits between two requests that belong together.
-func (b *backstop) pause(ctx context.Context) error {
-	select {
-	case <-time.After(b.leadPause):
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+		time.Sleep(b.leadPause)
 	}
 }
 
@@ -183,7 +156,7 @@ func (b *backstop) request(ctx context.Context, body []byte) error {
 	}
 	defer resp.Body.Close()
 	// All of it is read, up to a bound, because only then the connection can be used again.
-	defer time.AfterFunc(pageTimeout, cancel).Stop()
+	defer time.AfterFunc(time.Second, cancel).Stop()
 	start, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
 	io.Copy(io.Discard, resp.Body)
 	if resp.StatusCode/100 == 2 {
@@ -219,33 +192,29 @@ func (r *refusal) Error() string {
 	return text
 }
 
-// remedy is what to do about a refusal.
-type remedy int
+// isTemporary reports whether the same request may be accepted later.
+func (r *refusal) isTemporary() bool {
+	return r.status/100 == 5 || hasStatus(r, http.StatusRequestTimeout, http.StatusTooEarly,
+		http.StatusTooManyRequests)
+}
 
-const (
-	tryAgain remedy = iota // it is temporary
-	halveIt                // a part of the request is bad, or it is too large
-	fixIt                  // somebody has to fix Backstop, or the options
-)
+// isToHalve reports whether a part of a request is to blame for err, or its size.
+func isToHalve(err error) bool {
+	return hasStatus(err, http.StatusBadRequest, http.StatusRequestEntityTooLarge,
+		http.StatusUnprocessableEntity)
+}
 
-func (r *refusal) remedy() remedy {
-	switch r.status {
-	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
-		return tryAgain
-	case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnprocessableEntity:
-		return halveIt
-	}
-	if r.status/100 == 5 {
-		return tryAgain
-	}
-	return fixIt
+// hasStatus reports whether err is an answer with one of these statuses.
+func hasStatus(err error, statuses ...int) bool {
+	var r *refusal
+	return errors.As(err, &r) && slices.Contains(statuses, r.status)
 }
 
 // failing says what a receiver does that fails with err, and what becomes of metrics.
 func failing(err error) string {
 	var r *refusal
 	switch {
-	case errors.As(err, &r) && r.remedy() != tryAgain:
+	case errors.As(err, &r) && !r.isTemporary():
 		return "refuses metrics, keeping them until this is fixed"
 	case r != nil:
 		return "fails, keeping metrics"
@@ -253,33 +222,22 @@ func failing(err error) string {
 	return "unreachable, keeping metrics"
 }
 
-// pace is how long delivery waits after a failure.
-type pace struct {
-	first, longest time.Duration // if it is temporary: exponential, with jitter
-	fix            time.Duration // if somebody has to fix something
-}
-
-var usualPace = pace{time.Second, time.Minute, time.Minute}
-
-// pauses are the waits between failures.
+// pauses are the waits between failures: exponential, with jitter.
 type pauses struct {
-	pace
-	next time.Duration // but for the jitter
+	first, longest time.Duration
+	last           time.Duration // but for the jitter; zero: the next one is the first
 }
 
-func newPauses(p pace) *pauses { return &pauses{p, p.first} }
+func (p *pauses) reset() { p.last = 0 }
 
-// reset makes the next pause a short one.
-func (p *pauses) reset() { p.next = p.first }
-
-// after returns how long to wait after a failure.
+// after returns how long to wait after a failure: the longest if somebody has to fix something.
 func (p *pauses) after(err error) time.Duration {
 	var r *refusal
-	if errors.As(err, &r) && r.remedy() == fixIt {
-		return p.fix
+	if errors.As(err, &r) && !r.isTemporary() && !isToHalve(err) {
+		return p.longest
 	}
-	pause := p.next/2 + rand.N(p.next)
-	p.next = min(2*p.next, p.longest)
+	p.last = max(p.first, min(2*p.last, p.longest))
+	pause := p.last/2 + rand.N(p.last)
 	if r != nil && r.retryAfter > 0 { // not everybody at once then
 		pause = max(pause, r.retryAfter+rand.N(p.first))
 	}
@@ -295,7 +253,7 @@ func retryAfter(text string, now time.Time) time.Duration {
 	} else if at, err := http.ParseTime(text); err == nil {
 		d = at.Sub(now)
 	}
-	return min(max(d, 0), maxRetryAfter)
+	return min(max(d, 0), time.Hour)
 }
 
 // hints say what to do about an answer.
@@ -324,13 +282,17 @@ func hint(resp *http.Response, line string) string {
 	return hints[resp.StatusCode]
 }
 
-// notCarbon is what is wrong with a receiver that does not speak Carbon's plaintext protocol.
-type notCarbon string
+// What is wrong with a receiver that most likely is none.
+var (
+	errAnswers = errors.New("it answers, which Carbon's plaintext protocol never does: " +
+		"check host and port")
+	// errEnds is for a connection with metrics that ends early while the witness does not.
+	errEnds = errors.New("it closed the connection before the end of the metrics: " +
+		"check that the port is that of Carbon's plaintext protocol")
+	errNoTLS = errors.New("it does not answer the TLS handshake")
+)
 
-func (n notCarbon) Error() string { return string(n) }
-
-// errNoTLS is what is wrong with a receiver that may not speak TLS.
-var errNoTLS = errors.New("it does not answer the TLS handshake")
+func isNoCarbon(err error) bool { return errors.Is(err, errAnswers) || errors.Is(err, errEnds) }
 
 // receiverHint returns what to do about a receiver that cannot be reached, after "; ", or nothing.
 // The scheme is that of --backstop.
@@ -359,16 +321,10 @@ func receiverHint(err error, scheme string) string {
 		return "; is there TLS at that address? If not, --backstop begins with " + plain + "://"
 	case lacksTLS(err):
 		return "; there is no TLS at that address: should --backstop begin with " + plain + "://?"
-	case isNoHTTP(err), scheme == "carbon" && errors.As(err, new(notCarbon)):
+	case isNoHTTP(err), scheme == "carbon" && isNoCarbon(err):
 		return "; is this TLS? Then --backstop begins with " + plain + "s://"
 	}
 	return ""
-}
-
-// isToHalve reports whether a part of a request is to blame for err, or its size.
-func isToHalve(err error) bool {
-	var r *refusal
-	return errors.As(err, &r) && r.remedy() == halveIt
 }
 
 // isTooSlow reports whether err is that of a request that was not through in its time.
@@ -377,9 +333,20 @@ func isTooSlow(err error) bool {
 	return errors.As(err, &late)
 }
 
-func isTooLarge(err error) bool {
-	var r *refusal
-	return errors.As(err, &r) && r.status == http.StatusRequestEntityTooLarge
+// inLines returns the metrics of a body as lines with that prefix, in portions for one connection.
+func inLines(body []byte, prefix string) (portions [][]byte, err error) {
+	metrics, err := decode(body)
+	var lines, line []byte
+	n := 0
+	for _, m := range metrics {
+		line = m.appendLine(append(line[:0], prefix...))
+		if n == carbonLines || n > 0 && len(lines)+len(line) > carbonBytes {
+			portions = append(portions, lines)
+			lines, n = nil, 0
+		}
+		lines, n = append(lines, line...), n+1
+	}
+	return append(portions, lines), err
 }
 
 // printer is what stands in for Backstop with --backstop=-: it writes metrics to w as lines of
@@ -387,15 +354,11 @@ func isTooLarge(err error) bool {
 func printer(w io.Writer) destination {
 	const name = "standard output"
 	return destination{name: name, address: name, post: func(_ context.Context, body []byte) error {
-		metrics, err := decode(body)
+		portions, err := inLines(body, "")
 		if err != nil {
 			return err
 		}
-		var lines []byte
-		for _, m := range metrics {
-			lines = m.appendLine(lines)
-		}
-		_, err = w.Write(lines)
+		_, err = w.Write(bytes.Join(portions, nil))
 		return err
 	}}
 }

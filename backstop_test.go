@@ -64,6 +64,16 @@ func TestPostKeepsItsConnection(t *testing.T) {
 }
 
 func TestPostFailures(t *testing.T) {
+	const tryAgain, halveIt, fixIt = "try again", "halve it", "fix it"
+	remedy := func(r *refusal) string {
+		switch {
+		case r.isTemporary():
+			return tryAgain
+		case isToHalve(r):
+			return halveIt
+		}
+		return fixIt
+	}
 	s := harness.NewStandIn(t)
 	knowSecretsOf(t, s.At("user:password", ""))
 	moved := func(status int) http.HandlerFunc {
@@ -81,7 +91,7 @@ func TestPostFailures(t *testing.T) {
 	for _, test := range []struct {
 		why, path string
 		fault     http.HandlerFunc
-		remedy    remedy
+		remedy    string
 		want      string
 	}{
 		{"no credentials", docker, nil, fixIt,
@@ -132,8 +142,8 @@ func TestPostFailures(t *testing.T) {
 			continue
 		}
 		var refused *refusal
-		if errors.As(err, &refused) && refused.remedy() != test.remedy {
-			t.Errorf("%s: remedy %v, want %v", test.why, refused.remedy(), test.remedy)
+		if errors.As(err, &refused) && remedy(refused) != test.remedy {
+			t.Errorf("%s: remedy %v, want %v", test.why, remedy(refused), test.remedy)
 		}
 		if !regexp.MustCompile(test.want).MatchString(err.Error()) {
 			t.Errorf("%s: %v", test.why, err)
@@ -184,8 +194,8 @@ func TestBackstopURLs(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 			continue
 		}
-		if b.String() != shown || b.url.User != nil {
-			t.Errorf("%s is shown as %s and asked at %s", text, b, b.url)
+		if b.destination().address != shown || b.url.User != nil {
+			t.Errorf("%s is shown as %s and asked at %s", text, b.destination().address, b.url)
 		}
 	}
 	for text, want := range map[string]string{

@@ -18,18 +18,6 @@ import (
 )
 
 const (
-	carbonPort = "2003" // of the plaintext protocol
-	// What goes over one connection. A relay takes this much at once without dropping lines.
-	carbonLines = 1_000
-	carbonBytes = 64 << 10
-	// carbonConnect is how long connecting may take, and TLS's handshake.
-	carbonConnect = 10 * time.Second
-	// carbonEarly is how long we wait with our end for that of what cannot read lines: the
-	// port of pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us. A
-	// proxy may end the witness so much later than a connection.
-	carbonEarly = 500 * time.Millisecond
-	// carbonStall is how long Carbon may read nothing.
-	carbonStall = time.Minute
 	// carbonMost is how long Carbon may take for a batch: less than the watchdog waits.
 	carbonMost = maxFlight - time.Minute
 	// carbonProof is how long Carbon has to live after reading a batch. carbon-cache has written
@@ -50,9 +38,12 @@ type carbon struct {
 	prefix string      // of each metric, with a dot at the end; or ""
 	tls    *tls.Config // nil for none
 	dialer net.Dialer
-	early  time.Duration // see the constants
-	stall  time.Duration
-	proof  time.Duration
+	// early is how long we wait with our end for that of what cannot read lines: the port of
+	// pickle, and HAProxy's with TLS, close in order like Carbon, but do not wait for us. A proxy
+	// may end the witness so much later than a connection.
+	early time.Duration
+	stall time.Duration // how long Carbon may read nothing
+	proof time.Duration // see carbonProof
 
 	witness *connection // while this silent connection is open, Carbon lives; nil for none
 	posts   int         // since it was opened
@@ -68,7 +59,7 @@ func newCarbon(text string) (*carbon, error) {
 		return nil, errors.New("not a URL; " + want)
 	}
 	prefix, isSecure := strings.Trim(u.Path, "/"), scheme == "carbons"
-	port, err := strconv.ParseUint(cmp.Or(u.Port(), carbonPort), 10, 16)
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "2003"), 10, 16)
 	switch {
 	case u.User != nil:
 		return nil, errors.New("there is a user or a password in the URL, " +
@@ -88,11 +79,11 @@ func newCarbon(text string) (*carbon, error) {
 	}
 	c := &carbon{
 		url: &url.URL{Scheme: scheme, Host: net.JoinHostPort(u.Hostname(), fmt.Sprint(port))},
-		dialer: net.Dialer{Timeout: carbonConnect, KeepAliveConfig: net.KeepAliveConfig{
+		dialer: net.Dialer{Timeout: 10 * time.Second, KeepAliveConfig: net.KeepAliveConfig{
 			// A host that loses its power says nothing. So we notice it while a batch is held.
 			Enable: true, Idle: time.Second, Interval: time.Second, Count: 3,
 		}},
-		early: carbonEarly, stall: carbonStall, proof: carbonProof,
+		early: 500 * time.Millisecond, stall: time.Minute, proof: carbonProof,
 	}
 	if isSecure {
 		c.tls = &tls.Config{ServerName: u.Hostname(), MinVersion: tls.VersionTLS12}
@@ -111,7 +102,7 @@ func (c *carbon) destination() destination {
 // post writes a body from encode. It returns nil when Carbon has read it; confirm reports
 // later whether it is delivered.
 func (c *carbon) post(ctx context.Context, body []byte) (err error) {
-	metrics, err := decode(body)
+	portions, err := inLines(body, c.prefix)
 	if err != nil {
 		return err
 	}
@@ -127,7 +118,7 @@ func (c *carbon) post(ctx context.Context, body []byte) (err error) {
 			return err
 		}
 	}
-	for i, lines := range c.portions(metrics) {
+	for i, lines := range portions {
 		if err := c.write(ctx, lines, c.posts+i == 0); err != nil {
 			if c.posts == 0 {
 				c.dismiss()
@@ -139,45 +130,19 @@ func (c *carbon) post(ctx context.Context, body []byte) (err error) {
 	return nil
 }
 
-// portions returns metrics as lines, divided into what one connection takes.
-func (c *carbon) portions(metrics []metric) (portions [][]byte) {
-	var lines, line []byte
-	n := 0
-	for _, m := range metrics {
-		line = m.appendLine(append(line[:0], c.prefix...))
-		if n == carbonLines || n > 0 && len(lines)+len(line) > carbonBytes {
-			portions = append(portions, lines)
-			lines, n = nil, 0
-		}
-		lines, n = append(lines, line...), n+1
-	}
-	return append(portions, lines)
-}
-
-// errAnswers is what is wrong when something is read.
-const errAnswers = notCarbon("it answers, which Carbon's plaintext protocol never does: " +
-	"check host and port")
-
-// errEnds is what is wrong when a connection with metrics ends early, and the silent one does not.
-const errEnds = notCarbon("it closed the connection before the end of the metrics: " +
-	"check that the port is that of Carbon's plaintext protocol")
-
-// errUnread is what is wrong when that ends, too: most likely Carbon was stopped.
-var errUnread = errors.New("it closed the connection before it had read all metrics")
-
-// errCarbonSlow is what is wrong when that takes too long.
-var errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonMost)
-
-// errCarbonGone is what is wrong when the witness has ended.
-var errCarbonGone = errors.New("it closed the silent connection that shows whether it " +
-	"lives; what it read last may be lost and is sent again")
+var (
+	// errUnread is for both ending: most likely Carbon was stopped.
+	errUnread     = errors.New("it closed the connection before it had read all metrics")
+	errCarbonSlow = fmt.Errorf("it did not read a batch within %s", carbonMost)
+	errCarbonGone = errors.New("it closed the silent connection that shows whether it " +
+		"lives; what it read last may be lost and is sent again")
+)
 
 // confirm returns nil if everything that was posted since the last time is delivered. Else it has
 // to be posted again.
 func (c *carbon) confirm() error {
-	lives := c.lives(0)
-	c.dismiss()
-	if !lives {
+	defer c.dismiss()
+	if !c.lives(0) {
 		return errCarbonGone
 	}
 	return nil
@@ -190,7 +155,6 @@ func (c *carbon) lives(after time.Duration) bool {
 	return errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// dismiss closes the witness.
 func (c *carbon) dismiss() {
 	c.witness.Close()
 	c.witness, c.posts = nil, 0
@@ -212,7 +176,6 @@ func (l *link) Read(p []byte) (int, error) {
 // SetWriteDeadline does nothing: tls.Conn would allow 5 s for its end, however slow the network is.
 func (l *link) SetWriteDeadline(time.Time) error { return nil }
 
-// connection is one to Carbon.
 type connection struct {
 	halfCloser // the link itself, or TLS over it
 	link       *link
@@ -269,7 +232,8 @@ func (c *carbon) write(ctx context.Context, lines []byte, isFirst bool) error {
 	// The same trouble has the same text, whatever we were at when it came.
 	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ENOTCONN) || // not on Windows
 		errors.Is(err, syscall.ECONNRESET) {
-		err = os.NewSyscallError("read", syscall.ECONNRESET)
+		err = &net.OpError{Op: "read", Net: "tcp", Addr: conn.RemoteAddr(),
+			Err: os.NewSyscallError("read", syscall.ECONNRESET)}
 	}
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -277,18 +241,13 @@ func (c *carbon) write(ctx context.Context, lines []byte, isFirst bool) error {
 	case (err == errUnread || errors.Is(err, syscall.ECONNRESET)) && c.lives(c.early):
 		return errEnds
 	}
-	if bare, ok := err.(*os.SyscallError); ok {
-		err = &net.OpError{Op: "read", Net: "tcp", Addr: conn.RemoteAddr(), Err: bare}
-	}
 	return plainly(ctx, err)
 }
 
 // send sends lines, and the end of them.
 func (c *carbon) send(conn *connection, lines []byte, isFirst bool) error {
 	for piece := range slices.Chunk(lines, 4<<10) { // small, so that we see progress
-		if err := conn.SetDeadline(time.Now().Add(c.stall)); err != nil {
-			return err
-		}
+		conn.SetDeadline(time.Now().Add(c.stall)) // fails as Write does
 		if _, err := conn.Write(piece); err != nil {
 			return err
 		}
@@ -311,9 +270,7 @@ func (c *carbon) send(conn *connection, lines []byte, isFirst bool) error {
 func (c *carbon) awaitEnd(conn *connection) error {
 	for {
 		before := unacknowledged(conn.link.TCPConn)
-		if err := conn.SetDeadline(time.Now().Add(c.stall)); err != nil {
-			return err
-		}
+		conn.SetDeadline(time.Now().Add(c.stall)) // fails as Read does
 		n, err := conn.Read(make([]byte, 1))
 		left := unacknowledged(conn.link.TCPConn)
 		switch {

@@ -171,7 +171,8 @@ func pair(t *testing.T, c *carbon) (ours *connection, theirs *net.TCPConn) {
 // A receiver may close its side in order before it has read all.
 func TestCarbonEndsTooEarly(t *testing.T) {
 	c := mustCarbon(t, "carbon://127.0.0.1")
-	portion := c.portions(points(0, carbonLines))[0]
+	portions, _ := inLines(encode(points(0, carbonLines)), c.prefix)
+	portion := portions[0]
 
 	ours, theirs := pair(t, c)
 	harness.Must(t, theirs.CloseWrite())
@@ -250,7 +251,7 @@ func carbonRig(
 	c := mustCarbon(t, "carbon://"+f.address())
 	c.early, c.proof = 0, proof
 	r, log := newRig(t, c.destination(), 8<<20, dir)
-	r.pauses = newPauses(pace{10 * time.Millisecond, 20 * time.Millisecond, 20 * time.Millisecond})
+	r.pauses = pauses{first: 10 * time.Millisecond, longest: 20 * time.Millisecond}
 	return r, c, log
 }
 

@@ -434,7 +434,7 @@ func TestAddressesAreTriedInOrder(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			to, receivers := start(t)
 			r, log := newRig(t, to, 8<<20, "")
-			r.pauses = newPauses(pace{10 * time.Millisecond, 20 * time.Millisecond, 20 * time.Millisecond})
+			r.pauses = pauses{first: 10 * time.Millisecond, longest: 20 * time.Millisecond}
 			end := delivering(t, r)
 			first, second := receivers[0], receivers[1]
 			n := 0

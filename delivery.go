@@ -6,20 +6,17 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"time"
 )
 
 const (
-	// maxLogged is how many of a batch's refused metrics are logged.
-	maxLogged = 10
 	// minRequest is how many metrics a slow receiver gets at once at least. They are 10 KB.
 	minRequest = 100
 	// probes is how often in a row a metric has to be accepted until another one is to blame for
 	// being refused: a receiver that refuses every second, third or fourth request never does that.
 	probes = 4
-	// settleAfter is how long batches are posted before we wait for their confirmation.
-	settleAfter = 15 * time.Second
 )
 
 // delivery takes batches off a queue and posts them, one request at a time. Its methods are called
@@ -27,7 +24,7 @@ const (
 type delivery struct {
 	to     destination
 	queue  *queue
-	pauses *pauses
+	pauses pauses
 	rest   func() // called when everything is delivered
 	log    *slog.Logger
 
@@ -49,8 +46,8 @@ type outage struct {
 
 // newDelivery prepares for delivering what is in q. rest is called when that is empty.
 func newDelivery(to destination, q *queue, rest func(), log *slog.Logger) *delivery {
-	return &delivery{to: to, queue: q, pauses: newPauses(usualPace), rest: rest, log: log,
-		most: maxBatch}
+	return &delivery{to: to, queue: q, rest: rest, log: log, most: maxBatch,
+		pauses: pauses{first: time.Second, longest: time.Minute}}
 }
 
 // deliver posts what is in the queue until that is closed and empty. What fails is tried again; a
@@ -76,11 +73,11 @@ func (d *delivery) deliver(ctx context.Context) error {
 	}
 }
 
-// round sends the next batch, or settles what is pending. It is over when the queue is closed and
-// nothing is left that can be sent.
+// round sends the next batch, or settles what is pending: when nothing else can be sent, or after
+// 15 s. It is over when the queue is closed and nothing is left that can be sent.
 func (d *delivery) round(ctx context.Context) (over bool, err error) {
 	isPending := len(d.pending) > 0
-	if !isPending || time.Since(d.since) < settleAfter {
+	if !isPending || time.Since(d.since) < 15*time.Second {
 		if metrics, _, _, _ := d.queue.backlog(); metrics == 0 {
 			d.rest()
 			if d.to.idle != nil {
@@ -154,7 +151,7 @@ func (d *delivery) step(ctx context.Context, f *flight) error {
 		return err
 	case n == 1:
 		return d.judge(ctx, f)
-	case isTooLarge(err):
+	case hasStatus(err, http.StatusRequestEntityTooLarge):
 		d.most = n / 2
 	default:
 		f.cut(n / 2)
@@ -207,7 +204,7 @@ func (d *delivery) setAside(b *batch, f *flight) {
 	if len(f.bad) == 0 {
 		return
 	}
-	some := bytes.Join(f.bad[:min(len(f.bad), maxLogged)], []byte(" "))
+	some := bytes.Join(f.bad[:min(len(f.bad), 10)], []byte(" "))
 	attrs := []any{"metrics", len(f.bad), "example", string(some), "error", errorText(f.refusal)}
 	if name := d.queue.setAside(join(f.bad), b.oldest); name != "" {
 		attrs = append(attrs, "file", name)

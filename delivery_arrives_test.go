@@ -94,7 +94,7 @@ func deliveringTo(t *testing.T, s *harness.StandIn, spooled bool) (*rig, *backst
 		dir = newDir(t)
 	}
 	q, log := newRig(t, b.destination(), 8<<20, dir)
-	q.pauses = newPauses(pace{10 * time.Millisecond, 50 * time.Millisecond, 50 * time.Millisecond})
+	q.pauses = pauses{first: 10 * time.Millisecond, longest: 50 * time.Millisecond}
 	return q, b, log
 }
 

@@ -403,7 +403,7 @@ func feedTo(t *testing.T, c *carbon, series int, from, step int64) *fed {
 		}
 	})
 	f.rig, f.log = newRig(t, to, 256<<20, filepath.Join(t.TempDir(), "spool"))
-	f.pauses = newPauses(pace{100 * time.Millisecond, 500 * time.Millisecond, time.Second})
+	f.pauses = pauses{first: 100 * time.Millisecond, longest: time.Second}
 	return f
 }
 

@@ -312,7 +312,7 @@ func TestStoreThatHangs(t *testing.T) {
 			r.fail = refusing(400, func(value int) bool { return value < refused })
 			dir := newDir(t)
 			q, log := r.spooled(t, dir)
-			q.pauses = newPauses(pace{time.Millisecond, time.Millisecond, time.Millisecond})
+			q.pauses = pauses{first: time.Millisecond, longest: time.Millisecond}
 			q.put(points(0, 1)) // it is on the disk
 			if refused > 0 {
 				q.put(points(gone, 1)) // and this one too, until its body is dropped in trouble
@@ -347,7 +347,7 @@ func TestStoreIsSlow(t *testing.T) {
 	down := true
 	r := &receiver{fail: unreachableWhile(&down)}
 	q, _ := r.spooled(t, newDir(t))
-	q.pauses = newPauses(pace{time.Millisecond, time.Millisecond, time.Millisecond})
+	q.pauses = pauses{first: time.Millisecond, longest: time.Millisecond}
 	q.put(points(0, 1))
 	q.put(points(1, 1))
 	q.try(t)

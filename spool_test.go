@@ -380,7 +380,7 @@ func TestSpoolSurvivesRemovedFiles(t *testing.T) {
 		return nil
 	}}
 	q, log := r.spooled(t, dir)
-	q.pauses = newPauses(pace{time.Millisecond, time.Millisecond, time.Millisecond})
+	q.pauses = pauses{first: time.Millisecond, longest: time.Millisecond}
 	for i := range 4 {
 		q.put(points(i, 1))
 	}
