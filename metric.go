@@ -10,7 +10,6 @@ import (
 	"strings"
 )
 
-// metric is one point of a Graphite series.
 type metric struct {
 	path  string // the container's or host's part of the name: see graphitePath
 	own   string // the rest, from the dot on: all containers or hosts share it
@@ -31,44 +30,28 @@ func whole(n uint64) value { return value{n: n} }
 // large for that.
 func decimal(f float64) (v value, ok bool) {
 	thousandths := math.Round(f * 1000)
-	if !(thousandths >= 0 && thousandths < 1<<53) {
+	if !(thousandths >= 0 && thousandths <= 1e15) { // all of whose digits a float64 has
 		return value{}, false
 	}
 	return value{uint64(thousandths), true}, true
 }
 
-// parseValue is the reverse of append. ok is false for what is no such value, or has over three
-// decimals.
+// parseValue is the reverse of append. ok is false for what append does not write.
 func parseValue(text string) (v value, ok bool) {
-	units, decimals, hasPoint := strings.Cut(text, ".")
-	n, err := strconv.ParseUint(units, 10, 64)
-	if err != nil || !hasPoint {
-		return whole(n), err == nil
+	if n, err := strconv.ParseUint(text, 10, 64); err == nil {
+		return whole(n), true
 	}
-	if decimals == "" || len(decimals) > 3 {
-		return value{}, false
-	}
-	thousandths, err := strconv.ParseUint((decimals + "00")[:3], 10, 64)
-	if err != nil || n > math.MaxUint64/1000-1 {
-		return value{}, false
-	}
-	return value{n*1000 + thousandths, true}, true
+	f, err := strconv.ParseFloat(text, 64)
+	v, ok = decimal(f)
+	return v, ok && err == nil && string(v.append(nil)) == text
 }
 
 // append appends v in plain decimal notation, which JSON and Carbon share.
 func (v value) append(b []byte) []byte {
-	if !v.thousandth {
-		return strconv.AppendUint(b, v.n, 10)
+	if v.thousandth {
+		return strconv.AppendFloat(b, float64(v.n)/1000, 'f', -1, 64)
 	}
-	b = strconv.AppendUint(b, v.n/1000, 10)
-	if rest := v.n % 1000; rest > 0 {
-		digits := strconv.AppendUint(nil, 1000+rest, 10)[1:]
-		for digits[len(digits)-1] == '0' {
-			digits = digits[:len(digits)-1]
-		}
-		b = append(append(b, '.'), digits...)
-	}
-	return b
+	return strconv.AppendUint(b, v.n, 10)
 }
 
 // appendLine appends m as a line of Carbon's plaintext protocol, "name value timestamp":
@@ -199,15 +182,13 @@ func isGraphitePath(name string) bool {
 	return len(name) <= 2*maxPath
 }
 
-// graphiteNode makes name one node of a Graphite path.
 func graphiteNode(name string) string {
 	node := strings.Map(func(r rune) rune {
 		switch {
 		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-':
 			return r
-		default:
-			return '_'
 		}
+		return '_'
 	}, name)
 	return node[:min(len(node), maxNode)]
 }
