@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// stats is the part of a stats answer that is used: see engine.stats.
+// stats is what is used of a stats answer.
 type stats struct {
 	Read     *time.Time         `json:"read"`
 	OSType   string             `json:"os_type"` // since API 1.52
@@ -74,7 +74,6 @@ type memoryTotals struct {
 	TotalPgmajfault   count `json:"total_pgmajfault"`
 }
 
-// network counts what went through one interface.
 type network struct {
 	RxBytes   count `json:"rx_bytes"`
 	RxPackets count `json:"rx_packets"`
@@ -102,7 +101,6 @@ type blkioStats struct {
 	Ops   []blkioEntry `json:"io_serviced_recursive"` // cgroup v1
 }
 
-// blkioEntry counts one kind of operation on one device.
 type blkioEntry struct {
 	Major count  `json:"major"`
 	Minor count  `json:"minor"`
@@ -138,7 +136,6 @@ func decodeStats(body []byte) (*stats, error) {
 	return &s, nil
 }
 
-// details says which of the finer series to send.
 type details struct{ core, iface, device bool }
 
 // parseDetails reads a list such as "core,device"; an empty one asks for none.
@@ -196,7 +193,6 @@ func (f *flattener) add(name string, c count) {
 	}
 }
 
-// addCount adds a number that this program has counted.
 func (f *flattener) addCount(name string, n int) {
 	f.metrics = append(f.metrics, metric{f.path, name, whole(uint64(n)), f.at})
 }
@@ -283,13 +279,10 @@ func (m *memoryStats) workingSet() count {
 }
 
 func (f *flattener) networks(s *stats, perInterface bool) {
-	if len(s.Networks) == 0 {
-		if s.Network != nil {
-			f.network("", s.Network)
-		}
-		return
-	}
 	var total network
+	if len(s.Networks) == 0 && s.Network != nil {
+		total = *s.Network
+	}
 	for _, n := range s.Networks {
 		for i, c := range n.counts() {
 			*c = sum(*total.counts()[i], *c)
@@ -341,11 +334,15 @@ func (f *flattener) blkio(s *stats, from origin, perDevice bool) {
 	if !perDevice {
 		return
 	}
-	order, on := s.Blkio.byDevice()
-	for _, d := range order {
-		if d.major.sent && d.minor.sent {
-			f.diskIO(fmt.Sprintf("%d_%d", d.major.n, d.minor.n), on[d].sums())
+	bytes, ops, seen := byDevice(s.Blkio.Bytes), byDevice(s.Blkio.Ops), map[device]bool{}
+	for _, entry := range slices.Concat(s.Blkio.Bytes, s.Blkio.Ops) {
+		d := device{entry.Major, entry.Minor}
+		if d.major.sent && d.minor.sent && !seen[d] {
+			on := blkioStats{append(s.Blkio.Bytes[:0:0], bytes[d]...), // nil of nil
+				append(s.Blkio.Ops[:0:0], ops[d]...)}
+			f.diskIO(fmt.Sprintf("%d_%d", d.major.n, d.minor.n), on.sums())
 		}
+		seen[d] = true
 	}
 }
 
@@ -358,26 +355,13 @@ func (f *flattener) diskIO(device string, io diskIO) {
 
 type device struct{ major, minor count }
 
-// byDevice sorts the operations by their devices, and returns these in the order of the answer.
-func (b *blkioStats) byDevice() (order []device, on map[device]*blkioStats) {
-	on = map[device]*blkioStats{}
-	one := func(entry blkioEntry) *blkioStats {
+func byDevice(entries []blkioEntry) map[device][]blkioEntry {
+	on := map[device][]blkioEntry{}
+	for _, entry := range entries {
 		d := device{entry.Major, entry.Minor}
-		if on[d] == nil {
-			order = append(order, d)
-			on[d] = &blkioStats{b.Bytes[:0:0], b.Ops[:0:0]} // nil of nil
-		}
-		return on[d]
+		on[d] = append(on[d], entry)
 	}
-	for _, entry := range b.Bytes {
-		its := one(entry)
-		its.Bytes = append(its.Bytes, entry)
-	}
-	for _, entry := range b.Ops {
-		its := one(entry)
-		its.Ops = append(its.Ops, entry)
-	}
-	return order, on
+	return on
 }
 
 func (b *blkioStats) sums() diskIO {
@@ -445,13 +429,10 @@ func sum(a, b count) count {
 }
 
 func times100(c count) count {
-	switch {
-	case c.sent && c.n < tooLarge/100:
-		return counted(c.n * 100)
-	case c.absent():
-		return c
+	if c.sent {
+		return counted(min(c.n, tooLarge/50) * 100) // one that is too large stays so
 	}
-	return count{broken: true}
+	return c
 }
 
 // firstOf returns the first of its arguments that was sent, be it broken.
