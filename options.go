@@ -64,7 +64,6 @@ type options struct {
 
 type switches struct{ check, once, verbose, version bool }
 
-// option is one row of the table of options.
 type option struct {
 	name     string
 	value    string // what --help calls the value; "": the option is a switch
@@ -145,7 +144,6 @@ func into[T any](target *T, parse func(string) (T, error)) func(string) error {
 	}
 }
 
-// usage returns what --help prints.
 func usage() string {
 	const indent = 35 // columns left of the help texts
 	margin := "\n" + strings.Repeat(" ", indent)
@@ -194,7 +192,6 @@ func parseOptions(args []string) (*options, error) {
 	return o, nil
 }
 
-// parse finds the value of the option and sets it.
 func (opt *option) parse(flags map[string]string) error {
 	text, from, err := opt.lookUp(flags)
 	if text = strings.TrimSpace(text); err != nil || text == "" { // files have ends of lines
@@ -263,17 +260,6 @@ func parseFlags(table []option, args []string) (map[string]string, error) {
 		return nil, fmt.Errorf(
 			"unexpected argument %s: options are written --name=value; see --help", stray)
 	}
-	for _, opt := range table {
-		text, isGiven := given[opt.name]
-		switch {
-		case !isGiven || opt.value == "":
-		case strings.TrimSpace(text) == "":
-			return nil, fmt.Errorf("--%s is empty: give it a value, "+
-				"or leave it out for the default; see --help", opt.name)
-		case strings.HasPrefix(text, "--"): // the next option, taken for the value
-			return nil, fmt.Errorf("--%s needs a value: --%[1]s=VALUE; see --help", opt.name)
-		}
-	}
 	return given, nil
 }
 
@@ -290,7 +276,15 @@ func (opt *option) variable() string {
 func (opt *option) lookUp(flags map[string]string) (text, from string, err error) {
 	from = "--" + opt.name
 	if text, isGiven := flags[opt.name]; isGiven || opt.flagOnly {
-		return text, from, nil
+		switch {
+		case opt.value == "":
+		case strings.TrimSpace(text) == "":
+			err = fmt.Errorf("%s is empty: give it a value, "+
+				"or leave it out for the default; see --help", from)
+		case strings.HasPrefix(text, "--"): // the next option, taken for the value
+			err = fmt.Errorf("%s needs a value: %[1]s=VALUE; see --help", from)
+		}
+		return text, from, err
 	}
 	variable := opt.variable()
 	text = strings.TrimSpace(os.Getenv(variable))
@@ -314,7 +308,6 @@ func (opt *option) lookUp(flags map[string]string) (text, from string, err error
 	return text, from, err
 }
 
-// logLevel returns the lowest level that is logged.
 func (o *options) logLevel() slog.Level {
 	switch {
 	case o.verbose:
@@ -352,7 +345,6 @@ func (o *options) warnOfContext(log *slog.Logger) {
 	}
 }
 
-// parseDestination takes the value of --backstop.
 func parseDestination(text string) (destination, error) {
 	if text == "-" {
 		return printer(os.Stdout), nil

@@ -35,7 +35,6 @@ func quoting(from string) string {
 	return "put it in single quotes, as in " + how + ", or into a file: --prefix=@FILE"
 }
 
-// form is the remedy of errors that have no better one.
 const form = `the form is {"regexp":"…","into":"…"}, or a list of such: [{…},{…}]`
 
 // parseRules reads the value of --prefix: a rule in JSON, a list of rules, or @ and the path of
@@ -45,13 +44,20 @@ func parseRules(text string) (rules, error) {
 	if err != nil {
 		return nil, err
 	}
-	list, isList, err := source.split()
-	if err != nil {
-		return nil, source.in(err)
+	rs, err := source.parse()
+	if err != nil && source.file != "" {
+		return nil, fmt.Errorf("%s: %w", source.file, err)
 	}
-	var rs rules
+	return rs, err
+}
+
+func (s ruleSource) parse() (rs rules, err error) {
+	list, isList, err := s.split()
+	if err != nil {
+		return nil, err
+	}
 	for i, raw := range list {
-		r, err := source.parseRule(raw)
+		r, err := s.parseRule(raw)
 		if err == nil {
 			err = checkUse(rs, r, i == len(list)-1)
 		}
@@ -59,7 +65,7 @@ func parseRules(text string) (rules, error) {
 			err = fmt.Errorf("rule %d: %w", i+1, err)
 		}
 		if err != nil {
-			return nil, source.in(err)
+			return nil, err
 		}
 		rs = append(rs, r)
 	}
@@ -69,7 +75,6 @@ func parseRules(text string) (rules, error) {
 // ruleSource is the text of rules, and the file it was read from, if any.
 type ruleSource struct{ text, file string }
 
-// openRules returns text as a source, or the file that it names.
 func openRules(text string) (ruleSource, error) {
 	if path, ok := strings.CutPrefix(text, "@"); ok {
 		body, err := readText(path)
@@ -78,10 +83,8 @@ func openRules(text string) (ruleSource, error) {
 		}
 		return ruleSource{body, path}, err
 	}
-	if strings.HasPrefix(text, "{") || strings.HasPrefix(text, "[") {
-		return ruleSource{text: text}, nil
-	}
-	if strings.Contains(text, "://") {
+	isJSON := strings.HasPrefix(text, "{") || strings.HasPrefix(text, "[")
+	if !isJSON && strings.Contains(text, "://") {
 		// --prefix without a value takes the next option for it.
 		return ruleSource{}, fmt.Errorf("not a rule, and %s; %s", shown(text), form)
 	}
@@ -106,14 +109,6 @@ func (s ruleSource) split() (list []json.RawMessage, isList bool, err error) {
 		return nil, true, errors.New("the list has no rule in it; " + form)
 	}
 	return list, true, nil
-}
-
-// in puts the name of the file before an error.
-func (s ruleSource) in(err error) error {
-	if s.file == "" {
-		return err
-	}
-	return fmt.Errorf("%s: %w", s.file, err)
 }
 
 // at describes the place of a byte of the source, counted from 1.
@@ -158,7 +153,6 @@ func (s ruleSource) explain(err error) error {
 	return fmt.Errorf("not JSON, at %s: %w; %s", at, err, form)
 }
 
-// parseRule reads one rule.
 func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	var given struct {
 		Regexp   *string `json:"regexp"`
@@ -201,7 +195,6 @@ func (s ruleSource) parseRule(raw json.RawMessage) (r rule, err error) {
 	return r, err
 }
 
-// compileRule checks the values of r, and compiles its pattern.
 func compileRule(r *rule, pattern string) (err error) {
 	if err := checkFrom(r); err != nil {
 		return err
@@ -243,7 +236,6 @@ func isEmptied(r *rule, pattern string) bool {
 	return matchesAll(pattern) || takesAll && r.into != ""
 }
 
-// checkFrom refuses a "from" that rules cannot see.
 func checkFrom(r *rule) error {
 	key, isLabel := strings.CutPrefix(r.from, "label:")
 	switch {

@@ -42,7 +42,6 @@ func fit(text string, most int) string {
 	return strings.ToValidUTF8(text[:min(len(text), most)], "")
 }
 
-// printable returns text without what is neither printable nor a space.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
 		if r == utf8.RuneError || !unicode.IsPrint(r) && !unicode.IsSpace(r) {
@@ -62,12 +61,9 @@ func firstLine(text string) string {
 	return ""
 }
 
-// oneLine makes one line of text.
-func oneLine(text string) string {
-	return strings.Join(strings.Fields(text), " ")
-}
+func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
 
-// errorText is err in one line that is fit for a log, "" if it is nil.
+// errorText returns "" for nil.
 func errorText(err error) string {
 	if err == nil {
 		return ""
@@ -109,7 +105,6 @@ func (f *foreign) Error() string {
 
 func (f *foreign) Unwrap() error { return f.error }
 
-// mask stands for a secret.
 const mask = "xxxxx"
 
 // minSecret is the length of the shortest secret that is masked, in bytes: a password of three
@@ -117,7 +112,6 @@ const mask = "xxxxx"
 // Base64, it is longer.
 const minSecret = 4
 
-// secretTexts are texts that fit hides.
 type secretTexts []string
 
 // secrets are the credentials of --backstop and --docker, which the other side may repeat. They are
@@ -264,7 +258,6 @@ func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	return body, err
 }
 
-// noAnswer is the error of a call that timed out.
 type noAnswer time.Duration
 
 func (n noAnswer) Error() string { return fmt.Sprintf("no answer within %s", time.Duration(n)) }
