@@ -20,7 +20,7 @@ type collector struct {
 	events     events
 	per        details
 	host       string // what --host says
-	alive      func() // called after each answer
+	alive      func() // called after each answer about a container
 	log        *slog.Logger
 
 	size     int   // room for the metrics of a sweep: those of the last one, and an eighth
@@ -46,20 +46,13 @@ type infoAnswer struct {
 	err error
 }
 
-func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
+func newCollector(opts *options, alive func(), log *slog.Logger) *collector {
 	return &collector{
-		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
-		alive: func() {},
+		engine: opts.engine, containers: containers{rules: opts.rules, log: log},
+		events: events{log: log}, per: opts.per, host: opts.host, alive: alive, log: log,
+		flow: flow{limit: opts.concurrency},
 	}
 }
-
-// configure sets what is not necessary. concurrency is 0 to adapt to the engine.
-func (c *collector) configure(per details, host string, concurrency int) {
-	c.per, c.host, c.flow = per, host, flow{limit: concurrency}
-}
-
-// onAnswer sets what is called after each answer about a container.
-func (c *collector) onAnswer(alive func()) { c.alive = alive }
 
 // sweepResult is what one sweep brought. All its metrics are of the time at which it began.
 type sweepResult struct {
@@ -167,7 +160,7 @@ func (c *collector) survey(sweep context.Context) (*census, error) {
 	c.containers.apply(c.hostName())
 	found := c.containers.share()
 	found.at = at
-	if c.events.isKnown() {
+	if c.events.isKnown {
 		c.containers.learnEvents(fresh, found, c.hostName())
 	}
 	if all { // those that wait to be restarted are stopped, for /info
@@ -203,8 +196,8 @@ func (c *collector) takeInfo(within time.Duration) {
 		return
 	}
 	c.about.call = nil
-	if got.err == nil {
-		c.about.info, c.about.askedAt = got.orElse(c.about.info), time.Now()
+	if got.err == nil && (got.Name != "" || c.about.Name == "") { // what was told stays known
+		c.about.info, c.about.askedAt = got.info, time.Now()
 		if !got.Stopped.absent() {
 			c.about.stopped = got.Stopped
 		}
@@ -212,24 +205,27 @@ func (c *collector) takeInfo(within time.Duration) {
 	if got.err == nil || isRefusal(got.err) {
 		c.about.nameless = c.about.Name == ""
 	}
-	text := errorText(got.err)
-	if errors.Is(got.err, context.Canceled) || !c.about.news.isNew(text) {
+	c.reportInfo(got.err)
+}
+
+func (c *collector) reportInfo(err error) {
+	text := errorText(err)
+	if errors.Is(err, context.Canceled) || !c.about.news.isNew(text) {
 		return
 	}
 	switch {
-	case isRefusal(got.err):
+	case isRefusal(err):
 		c.log.Warn("Docker engine refuses /info, so this may not be its host's name; "+
 			"set it with --host", "host", c.hostName(), "error", text)
-	case got.err != nil && c.hostName() == "":
+	case err != nil && c.hostName() == "":
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll; until then "+
 			"there are no metrics of the host, and of containers with ${host} in their rule; "+
 			"or set the name with --host", "error", text)
-	case got.err != nil:
+	case err != nil:
 		c.log.Warn("Docker engine does not answer /info, retrying at the next poll", "error", text)
 	}
 }
 
-// findImages asks inspect for the images that only it knows.
 func (c *collector) findImages(ctx context.Context) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.engine.timeout/4, noAnswer(c.engine.timeout/4))
 	defer cancel()
@@ -240,7 +236,6 @@ func (c *collector) findImages(ctx context.Context) {
 	})
 }
 
-// engineFailed logs what is wrong with the engine, if that is news.
 func (c *collector) engineFailed(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // we are ending, not the engine
@@ -323,7 +318,6 @@ func (c *collector) judge(ctx context.Context, result *sweepResult, known *conta
 	}
 }
 
-// addHost adds the metrics of the host and of the sweep itself.
 func (c *collector) addHost(result *sweepResult, found *census) {
 	host := flattener{result.metrics, c.hostName(), result.start.Unix()}
 	if host.path == "" {
@@ -380,7 +374,7 @@ func (s *sampling) sample(ctx context.Context, body *answer) error {
 	case errors.Is(err, errRestarting):
 		s.add(".restarts", known.restarts)
 	default:
-		if err != nil && !s.events.isKnown() && known.checkedAt.Before(start) {
+		if err != nil && !s.events.isKnown && known.checkedAt.Before(start) {
 			known.facts = facts{} // it may have been restarted
 		}
 		known.flatten(&s.flattener, s.now)
@@ -399,13 +393,20 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 			return err
 		}
 	}
-	stats, from, err := s.read(ctx, body)
+	*body = answer{text: body.text[:0]}
+	if err := s.engine.stats(ctx, known.ID, body); err != nil {
+		return s.doubt(ctx, err)
+	}
+	stats, err := decodeStats(body.text)
 	if err != nil {
 		return s.doubt(ctx, err)
 	}
+	// Of Windows, proxies leave the headers out, and stats tell only since API 1.52.
+	isWindows := s.engine.windows || s.about.OSType == "windows"
+	from := origin{isWindows, s.engine.podman, s.about.NCPU.n, s.about.MemTotal.n}
 	s.now, s.answered = *stats.Read, time.Now()
 	stats.flatten(&s.flattener, from, s.per)
-	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown()) {
+	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown) {
 		seen, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
 			known.facts = facts{}
@@ -417,19 +418,6 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 		s.addDecimal(".cpu.percent", percent)
 	}
 	return nil
-}
-
-// read asks for the container's stats.
-func (s *sampling) read(ctx context.Context, body *answer) (*stats, origin, error) {
-	*body = answer{text: body.text[:0]}
-	from, err := s.engine.stats(ctx, s.known.ID, body)
-	if err != nil {
-		return nil, from, err
-	}
-	from.cpus, from.memory = s.about.NCPU.n, s.about.MemTotal.n
-	from.windows = from.windows || s.about.OSType == "windows"
-	stats, err := decodeStats(body.text)
-	return stats, from, err
 }
 
 // ending is for how long an engine may say that a container runs whose process has ended.

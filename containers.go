@@ -22,7 +22,6 @@ type containers struct {
 	ends    map[string]*ends      // by path, from the first answer to /events on
 }
 
-// container is what is kept of one of them.
 type container struct {
 	listed        // what the last list said of it
 	name   string // without Docker's leading slash
@@ -49,12 +48,11 @@ type facts struct {
 	health    string    // "" for a container without a health check
 }
 
-// ends counts how runs under one path ended badly. A container that is made anew under its name
-// goes on with them.
+// ends counts how runs under one path ended. A container that is made anew under its name goes on
+// with them.
 type ends struct {
-	oomKills    uint64
-	failedExits uint64
-	seen        time.Time // when a container had the path
+	counts eventCounts
+	seen   time.Time // when a container had the path
 }
 
 // endsKept is how long ends are kept of a path that no container has.
@@ -72,7 +70,6 @@ type census struct {
 	categories map[string]int // how many the rules put in each
 }
 
-// collision says why a container is left out.
 type collision struct{ path, holder string }
 
 func (c *collision) Error() string { return c.holder + " has this name already" }
@@ -85,16 +82,14 @@ var usualID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$`)
 func (cs *containers) remember(list []listed) {
 	byID := make(map[string]*container, len(list))
 	for _, entry := range list {
-		known, name := cs.byID[entry.ID], nameOf(&entry)
-		if known != nil {
-			name = cmp.Or(name, known.name)
+		known := cs.byID[entry.ID]
+		if known == nil {
+			known = new(container)
 		}
+		name := cmp.Or(nameOf(&entry), known.name)
 		if !usualID.MatchString(entry.ID) || byID[entry.ID] != nil || name == "" {
 			cs.log.Debug("list entry without an id or a name of its own", "id", entry.ID)
 			continue
-		}
-		if known == nil {
-			known = new(container)
 		}
 		byID[entry.ID] = known
 		known.listed, known.err = entry, nil
@@ -108,11 +103,12 @@ func (cs *containers) remember(list []listed) {
 // imageless returns the containers whose rules look at an image that only inspect knows: a newer
 // one has taken its name.
 func (cs *containers) imageless() (list []*container) {
-	if cs.rules.see("image") {
-		for _, known := range cs.byID {
-			if known.madeOf == "" && imageID.MatchString(known.Image) {
-				list = append(list, known)
-			}
+	if !slices.ContainsFunc(cs.rules, func(r rule) bool { return r.from == "image" }) {
+		return nil
+	}
+	for _, known := range cs.byID {
+		if known.madeOf == "" && imageID.MatchString(known.Image) {
+			list = append(list, known)
 		}
 	}
 	return list
@@ -126,7 +122,7 @@ func (cs *containers) apply(host string) {
 	for _, known := range cs.byID {
 		if known.err == nil && (known.path == "" || known.host != host) {
 			known.madeOf = cmp.Or(known.madeOf, known.Image)
-			who := subject{known.name, known.ID, known.madeOf, known.labels()}
+			who := subject{known.name, known.ID, known.madeOf, textsOf(known.Labels)}
 			known.host = host
 			known.naming, known.err = cs.nameOn(host, who)
 		}
@@ -183,7 +179,6 @@ func (cs *containers) share() *census {
 	return found
 }
 
-// count counts a container by its state, and by what the rules make of it.
 func (found *census) count(known *container) {
 	switch known.state() {
 	case "paused":
@@ -226,14 +221,10 @@ func (cs *containers) learnEvents(fresh []event, found *census, host string) {
 		}
 		path := cs.pathOf(known, one, host)
 		its := cs.ends[path]
-		switch {
-		case its == nil:
+		if its == nil {
 			continue // none that was ever sampled
-		case kind == killed:
-			its.oomKills++
-		default:
-			its.failedExits++
 		}
+		its.counts[kind]++
 		if cs.holders[path] == nil && !slices.Contains(found.ended, path) {
 			found.ended = append(found.ended, path)
 		}
@@ -249,7 +240,7 @@ func (cs *containers) pathOf(known *container, one *event, host string) string {
 		}
 		return known.path
 	}
-	its := one.attributes()
+	its := textsOf(one.Actor.Attributes)
 	who := subject{its["name"], one.key().id, its["image"], its}
 	n, err := cs.nameOn(host, who)
 	holder := cs.holders[n.path]
@@ -259,13 +250,11 @@ func (cs *containers) pathOf(known *container, one *event, host string) string {
 	return n.path
 }
 
-// isAny reports whether any run ended badly.
-func (e *ends) isAny() bool { return e.oomKills+e.failedExits > 0 }
+func (e *ends) isAny() bool { return e.counts != eventCounts{} }
 
-// flatten adds both counters.
 func (e *ends) flatten(f *flattener) {
-	f.add(".oom_kills", counted(e.oomKills))
-	f.add(".failed_exits", counted(e.failedExits))
+	f.addCount(".oom_kills", e.counts[killed])
+	f.addCount(".failed_exits", e.counts[failed])
 }
 
 // refresh is after what time inspect is asked again in any case: an event can be missed.
@@ -296,7 +285,6 @@ func (known *container) learn(seen *inspected) {
 	}
 }
 
-// learnImage takes over the name of the image, which only inspect knows.
 func (known *container) learnImage(seen *inspected, err error) {
 	if err != nil {
 		known.err = fmt.Errorf("its image: %w", err)

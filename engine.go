@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -28,7 +29,6 @@ import (
 	fastjson "github.com/segmentio/encoding/json"
 )
 
-// defaultDocker is the engine's usual address on this system.
 var defaultDocker = map[bool]string{
 	true:  "npipe:////./pipe/docker_engine",
 	false: "unix:///var/run/docker.sock",
@@ -39,8 +39,8 @@ var defaultDocker = map[bool]string{
 const maxAnswer = 32 << 20
 
 // engine is a Docker engine, or something else that speaks its API. It only gets GET requests.
-// What each call below means is in the part that it names of
-// https://docs.docker.com/reference/api/engine/version/v1.41/.
+// What its answers mean is in https://docs.docker.com/reference/api/engine/version/v1.41/, by the
+// paths of the calls below. The types have the parts of them that are used.
 type engine struct {
 	client  *docker.Client
 	shown   string // its address, without credentials
@@ -144,10 +144,8 @@ func overNetwork(u *url.URL) (tlsConfig *tls.Config, err error) {
 	return tlsConfig, nil
 }
 
-// String is the engine's address as it may be shown.
 func (e *engine) String() string { return e.shown }
 
-// isAt reports whether e is the engine at endpoint.
 func (e *engine) isAt(endpoint string) bool {
 	u, _, err := parseEndpoint(endpoint)
 	return err == nil && withoutUser(u) == e.shown
@@ -192,7 +190,6 @@ func tlsFromEnv(always bool) (*tls.Config, error) {
 
 // hello asks the engine for its API version, which decides how to ask for stats. It returns what
 // the engine calls itself, such as "Docker/20.10.24 (linux)".
-// API: #tag/System/operation/SystemPing
 func (e *engine) hello(ctx context.Context) (server string, err error) {
 	header, err := e.get(ctx, "/_ping", &answer{isStream: true}) // nobody needs its OK
 	if err != nil {
@@ -232,7 +229,6 @@ const tooLarge = 1 << 63
 
 func counted(n uint64) count { return count{n, n < tooLarge, n >= tooLarge} }
 
-// absent reports whether nothing was sent.
 func (c count) absent() bool { return !c.sent && !c.broken }
 
 // UnmarshalJSON takes null for not sent. It never fails: a number that is negative or has a
@@ -254,7 +250,6 @@ func (c *count) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// info is the part of an engine's /info that is used.
 type info struct {
 	Name     string // that of its host
 	NCPU     count
@@ -263,21 +258,14 @@ type info struct {
 	OSType   string
 }
 
-// orElse returns i, with the name that was known before where it has none.
-func (i info) orElse(before info) info {
-	i.Name = cmp.Or(i.Name, before.Name)
-	return i
-}
-
 // info asks the engine about itself. No other call costs it more: it starts other programs for
 // their versions.
-// API: #tag/System/operation/SystemInfo
 func (e *engine) info(ctx context.Context) (i info, err error) {
 	_, err = ask(ctx, e, "/info", &i)
 	return i, err
 }
 
-// listed is the part of an entry in the list of containers that is used.
+// listed is an entry in the list of containers.
 type listed struct {
 	ID      string `json:"Id"`
 	Names   []string
@@ -293,7 +281,6 @@ type health struct{ Status string }
 
 // list returns the containers that run, paused and restarting ones too, or all of them. at is the
 // engine's time, in whole seconds: its clock may be another one than ours.
-// API: #tag/Container/operation/ContainerList
 func (e *engine) list(ctx context.Context, all bool) (list []listed, at time.Time, err error) {
 	path := "/containers/json"
 	if all {
@@ -307,7 +294,6 @@ func (e *engine) list(ctx context.Context, all bool) (list []listed, at time.Tim
 	return list, at, err
 }
 
-// inspected is the part of an answer to inspect that is used.
 type inspected struct {
 	RestartCount count
 	State        struct {
@@ -344,17 +330,14 @@ func (l *listed) state() string {
 
 // runs reports whether a container in a list of all of them is one of those that run.
 func (l *listed) runs() bool {
-	switch l.state() {
-	case "running", "paused", "restarting", "stopping": // the last is Podman's
-		return true
-	}
-	return false
+	// The last is Podman's.
+	return slices.Contains([]string{"running", "paused", "restarting", "stopping"}, l.state())
 }
 
-// labels returns the container's labels, nil if they are no object.
-func (l *listed) labels() (labels map[string]string) {
-	_ = decodeLoosely(l.Labels, &labels)
-	return labels
+// textsOf decodes an object of texts, such as labels. It returns nil for what is none.
+func textsOf(object json.RawMessage) (texts map[string]string) {
+	_ = decodeLoosely(object, &texts)
+	return texts
 }
 
 // healthStatus returns what the list says of a container's health, "" if it says nothing.
@@ -407,7 +390,6 @@ func sizeOf(cpuset string) (size uint64) {
 
 // inspect returns what the engine knows of a container beside its stats. Its error is errStopped
 // for one that is no more.
-// API: #tag/Container/operation/ContainerInspect
 func (e *engine) inspect(ctx context.Context, id string) (*inspected, error) {
 	found := new(inspected)
 	_, err := ask(ctx, e, "/containers/"+url.PathEscape(id)+"/json", found)
@@ -441,7 +423,6 @@ func decodeLoosely[T any](body []byte, into *T) error {
 	return fmt.Errorf("%s instead of an object", jsonKind(kind))
 }
 
-// event is the part of one of the engine's events that is used.
 type event struct {
 	Type   string
 	Action string
@@ -449,14 +430,11 @@ type event struct {
 	ID     string `json:"id"` // likewise
 	Actor  struct {
 		ID         string
-		Attributes json.RawMessage // an object; the container's labels are among them
+		Attributes json.RawMessage // an object: the container's name, image and labels
 	}
 	Time     int64 `json:"time"`     // Unix seconds
 	TimeNano int64 `json:"timeNano"` // Unix ns, since API 1.22
 }
-
-// at is when it happened, in Unix ns.
-func (one *event) at() int64 { return cmp.Or(one.TimeNano, one.Time*int64(time.Second)) }
 
 // eventKey tells one event from all others.
 type eventKey struct {
@@ -465,16 +443,10 @@ type eventKey struct {
 }
 
 func (one *event) key() eventKey {
-	return eventKey{cmp.Or(one.Actor.ID, one.ID), cmp.Or(one.Action, one.Status), one.at()}
+	at := cmp.Or(one.TimeNano, one.Time*int64(time.Second))
+	return eventKey{cmp.Or(one.Actor.ID, one.ID), cmp.Or(one.Action, one.Status), at}
 }
 
-// attributes returns what is told of the container: its name, its image and its labels.
-func (one *event) attributes() (attributes map[string]string) {
-	_ = decodeLoosely(one.Actor.Attributes, &attributes)
-	return attributes
-}
-
-// eventKind is what an event means here.
 type eventKind int
 
 const (
@@ -495,7 +467,7 @@ func (one *event) kind() eventKind {
 	case action == "update":
 		return updated
 	case action == "die" || action == "died":
-		attributes := one.attributes()
+		attributes := textsOf(one.Actor.Attributes)
 		if cmp.Or(attributes["exitCode"], attributes["containerExitCode"], "0") != "0" {
 			return failed
 		}
@@ -514,12 +486,9 @@ const eventFilter = `{"type":["container"],` +
 
 // events returns what happened to containers between two times of the engine's, both included.
 // With until in the past, the engine answers at once, from its memory of the last 256 events. Some
-// Podmans answer nothing then; there, it is what happened up to now. isOpen reports whether the
+// Podmans answer nothing then; there, it is what happened up to now. The bool reports whether the
 // answer did not end. Docker up to 1.9 reads whole seconds only.
-// API: #tag/System/operation/SystemEvents
-func (e *engine) events(ctx context.Context, since, until time.Time) (
-	all []event, isOpen bool, err error,
-) {
+func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, bool, error) {
 	query := url.Values{"since": {unixSeconds(since)}, "filters": {eventFilter}}
 	if e.podman {
 		query.Set("stream", "false")
@@ -530,7 +499,7 @@ func (e *engine) events(ctx context.Context, since, until time.Time) (
 	if _, err := e.get(ctx, "/events?"+query.Encode(), &stream); err != nil {
 		return nil, false, err
 	}
-	all, err = decodeEvents(stream.text)
+	all, err := decodeEvents(stream.text)
 	return all, stream.isOpen, err
 }
 
@@ -566,19 +535,13 @@ type origin struct {
 // stats reads a container's stats answer into body. It asks for one-shot if the engine knows it:
 // else the engine takes two samples, a second apart, for a percentage that is not used here.
 // go-dockerclient's own Stats has no one-shot, so this uses its HTTP client only.
-// API: #tag/Container/operation/ContainerStats
-func (e *engine) stats(ctx context.Context, id string, body *answer) (
-	from origin, err error,
-) {
+func (e *engine) stats(ctx context.Context, id string, body *answer) error {
 	query := "stream=false"
 	if e.oneShot {
 		query += "&one-shot=true"
 	}
-	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
-	// The body has os_type only since API 1.52, and proxies leave headers out.
-	from.windows = header.Get("Ostype") == "windows" || e.windows
-	from.podman = header.Get("Libpod-Api-Version") != ""
-	return from, err
+	_, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
+	return err
 }
 
 // ask gets a path of the API and decodes the answer. It returns the answer's header.
@@ -662,12 +625,9 @@ func statusOf(err error) int {
 
 // isRefusal reports whether asking again is pointless after err.
 func isRefusal(err error) bool {
-	switch status := statusOf(err); status {
-	case http.StatusRequestTimeout, http.StatusTooManyRequests:
-		return false
-	default:
-		return status/100 == 4 || status == http.StatusNotImplemented
-	}
+	status := statusOf(err)
+	isPassing := status == http.StatusRequestTimeout || status == http.StatusTooManyRequests
+	return status/100 == 4 && !isPassing || status == http.StatusNotImplemented
 }
 
 var (

@@ -12,12 +12,14 @@ import (
 type events struct {
 	log *slog.Logger
 
-	started, ended, failed, killed, unhealthy count // not sent before the first answer
-
-	until time.Time         // up to when they are counted, by the engine's clock
-	heard map[eventKey]bool // those of the last answer
-	news  news
+	isKnown bool // whether the engine tells events; false before the first answer
+	counts  eventCounts
+	until   time.Time         // up to when they are counted, by the engine's clock
+	heard   map[eventKey]bool // those of the last answer
+	news    news
 }
+
+type eventCounts [unhealthy + 1]int // by eventKind
 
 const (
 	// overlap is how much of what was asked for is asked for again: an event can come into the
@@ -27,13 +29,10 @@ const (
 	maxPast = time.Hour
 )
 
-// isKnown reports whether the engine tells events.
-func (es *events) isKnown() bool { return es.started.sent }
-
 // poll asks for what happened from the last time until now, by the engine's clock, and returns what
 // is new. The first answer only tells that the engine has answers.
 func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []event) {
-	first := !es.isKnown()
+	first := !es.isKnown
 	switch earliest := now.Add(-maxPast); {
 	case first || es.until.After(now): // the engine's clock was set back
 		es.until = now
@@ -51,15 +50,13 @@ func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []e
 		return nil
 	case err != nil, isOpen && len(all) == 0 && !first: // it may just have been too slow
 		return nil
-	case first:
-		zero := counted(0)
-		es.started, es.ended, es.failed, es.killed, es.unhealthy = zero, zero, zero, zero, zero
 	}
+	es.isKnown = true
 	heard := make(map[eventKey]bool, len(all))
 	for i := range all {
 		key := all[i].key()
 		if !first && !es.heard[key] && !heard[key] {
-			es.count(&all[i])
+			es.counts[all[i].kind()]++
 			fresh = append(fresh, all[i])
 		}
 		heard[key] = true
@@ -72,22 +69,6 @@ func (es *events) poll(ctx context.Context, e *engine, now time.Time) (fresh []e
 		es.until = now
 	}
 	return fresh
-}
-
-func (es *events) count(one *event) {
-	switch one.kind() {
-	case started:
-		es.started.n++
-	case ended:
-		es.ended.n++
-	case failed:
-		es.ended.n++
-		es.failed.n++
-	case killed:
-		es.killed.n++
-	case unhealthy:
-		es.unhealthy.n++
-	}
 }
 
 // report logs why there are no events, or why they take time, if that is news.
@@ -112,11 +93,12 @@ func (es *events) report(isOpen bool, err error) {
 	}
 }
 
-// flatten adds what was counted since the start.
 func (es *events) flatten(f *flattener) {
-	f.add(".events.start", es.started)
-	f.add(".events.die", es.ended)
-	f.add(".events.die_nonzero", es.failed)
-	f.add(".events.oom", es.killed)
-	f.add(".events.unhealthy", es.unhealthy)
+	if es.isKnown {
+		f.addCount(".events.start", es.counts[started])
+		f.addCount(".events.die", es.counts[ended]+es.counts[failed])
+		f.addCount(".events.die_nonzero", es.counts[failed])
+		f.addCount(".events.oom", es.counts[killed])
+		f.addCount(".events.unhealthy", es.counts[unhealthy])
+	}
 }

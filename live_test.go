@@ -436,7 +436,8 @@ func TestLivePodman(t *testing.T) {
 	}
 
 	log := &harness.Log{}
-	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.Logger())
+	c := newCollector(&options{engine: e, rules: renaming(regexp.MustCompile(`^dstb\.`), "test.")},
+		func() {}, log.Logger())
 	c.sweep(t.Context())
 	run("late", "exit 3")
 	<-time.After(3 * time.Second) // the span that is measured
@@ -460,7 +461,7 @@ func TestLivePodman(t *testing.T) {
 	if _, there := named["idle.health"]; there {
 		t.Errorf("idle has no health check, and a health")
 	}
-	if now := c.events; now.started.n != 1 || now.ended.n != 1 || now.failed.n != 1 {
+	if now := c.events.counts; now[started] != 1 || now[failed] != 1 || now[ended] != 0 {
 		t.Errorf("of one container that failed between two polls, the events tell %+v", now)
 	}
 	if cache, there := named["busy.memory.cache"]; there {

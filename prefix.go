@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"regexp"
 	"slices"
 	"strconv"
@@ -57,17 +58,10 @@ func (rs rules) apply(s subject, host string) naming {
 			}
 			n.path = graphitePath(r.regexp.ReplaceAllString(text, template))
 		}
-		if n.path == "" {
-			n.path = ownPath(s.name)
-		}
+		n.path = cmp.Or(n.path, ownPath(s.name))
 		return n
 	}
 	return naming{path: ownPath(s.name)}
-}
-
-// see reports whether any of the rules looks at from, such as "image".
-func (rs rules) see(from string) bool {
-	return slices.ContainsFunc(rs, func(r rule) bool { return r.from == from })
 }
 
 // needHost reports whether the name of the host may be in a path.
@@ -80,7 +74,6 @@ func (r rule) hasHost() bool {
 	return strings.Contains(r.into, "${host}") || strings.Contains(r.into, "$host")
 }
 
-// categories returns the categories of all rules, each once.
 func (rs rules) categories() []string {
 	var names []string
 	for _, r := range rs {
@@ -110,13 +103,8 @@ func (s subject) label(key string) (text string, ok bool) {
 	return startOf(text), ok
 }
 
-// startOf returns as much of text as a path can have, without the memory of the rest.
-func startOf(text string) string {
-	if len(text) <= maxPath {
-		return text
-	}
-	return strings.Clone(text[:maxPath])
-}
+// startOf returns as much of text as a path can have.
+func startOf(text string) string { return text[:min(len(text), maxPath)] }
 
 // fillIn replaces what Expand does not know in a template: ${label:KEY}, a label of s, and ${host},
 // unless re has a group of that name. Each becomes one node of a path, whatever is in it. ok is
@@ -146,13 +134,8 @@ func fillIn(template string, re *regexp.Regexp, s subject, host string) (filled 
 	return b.String(), true
 }
 
-// ownPath is the path of a container without a rule for it.
-func ownPath(name string) string {
-	if path := graphitePath(name); path != "" {
-		return path
-	}
-	return "_" // no engine has such names; but without a path, metrics would begin with a dot
-}
+// ownPath is the path of a container without a rule for it. Of dots only, it is "_".
+func ownPath(name string) string { return cmp.Or(graphitePath(name), "_") }
 
 // templateRefs matches what Expand and fillIn take for a reference.
 var templateRefs = regexp.MustCompile(`^\$(?:\$|([\pL\p{Nd}_]+)|\{([\pL\p{Nd}_]+|label:[^{}]+)\})`)
