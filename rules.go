@@ -231,9 +231,9 @@ func isEmptied(r *rule, pattern string) bool {
 	if !r.rename || r.regexp.NumSubexp() == 0 || strings.Trim(r.into, "._-") != "" {
 		return false
 	}
-	start := strings.TrimPrefix(pattern, "^")
-	takesAll := strings.HasPrefix(start, "(.*)") || strings.HasPrefix(start, "(.+)")
-	return matchesAll(pattern) || takesAll && r.into != ""
+	bare := strings.Trim(pattern, "^$")
+	takesAll := strings.HasPrefix(bare, "(.*)") || strings.HasPrefix(bare, "(.+)")
+	return takesAll && (r.into != "" || len(bare) == len("(.*)"))
 }
 
 func checkFrom(r *rule) error {
@@ -268,13 +268,6 @@ func checkUse(rs rules, r rule, last bool) error {
 		}
 	}
 	return nil
-}
-
-// matchesAll reports whether a pattern is one of those that are usual for "every name".
-func matchesAll(pattern string) bool {
-	bare := strings.TrimSuffix(strings.TrimPrefix(pattern, "^"), "$")
-	bare = strings.TrimSuffix(strings.TrimPrefix(bare, "("), ")")
-	return pattern == "" || bare == ".*" || bare == ".+"
 }
 
 // checkTemplate refuses a template with a group that re does not have: Expand would silently put

@@ -136,18 +136,6 @@ func TestRulesThatAreNotRefused(t *testing.T) {
 	}
 }
 
-func TestMatchesAll(t *testing.T) {
-	for pattern, want := range map[string]bool{
-		"": true, ".*": true, "(.*)": true, "^.*$": true, "^(.*)$": true, ".+": true, "^(.+)$": true,
-		"a": false, "^$": false, "^a*$": false, ".*a": false, "^.+a": false, "(.*)\\.(.*)": false,
-		"..*": false, "^web": false,
-	} {
-		if got := matchesAll(pattern); got != want {
-			t.Errorf("%s matches every name: %t", pattern, got)
-		}
-	}
-}
-
 func TestRulesOfAFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "prefix.json")
 	write := func(text string) {
