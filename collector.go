@@ -30,7 +30,6 @@ type collector struct {
 	news     news  // what was last logged of the engine
 }
 
-// about is what an engine said about itself.
 type about struct {
 	info
 	server   string    // what it calls itself
@@ -340,7 +339,6 @@ func (c *collector) addHost(result *sweepResult, found *census) {
 	result.metrics = host.metrics
 }
 
-// buffer holds one sample while it is made.
 type buffer struct {
 	body    answer
 	metrics []metric
@@ -355,7 +353,6 @@ func (b *buffer) keep() {
 	}
 }
 
-// sampling makes the metrics of one container.
 type sampling struct {
 	*collector
 	known    *container

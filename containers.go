@@ -130,7 +130,7 @@ func (cs *containers) apply(host string) {
 	}
 }
 
-// nameOn returns what the rules make of who on that host. While that is unknown, some fail.
+// nameOn applies the rules to who. While the host's name is unknown, some fail.
 func (cs *containers) nameOn(host string, who subject) (naming, error) {
 	n := cs.rules.apply(who, host)
 	if host == "" && n != cs.rules.apply(who, "other") {
@@ -191,8 +191,8 @@ func (found *census) count(known *container) {
 	}
 }
 
-// learnEvents takes over what happened to containers on that host: what inspect told of them may
-// not be right any more, and how they ended is counted, also of those that are gone.
+// learnEvents takes over what happened on that host: what inspect told may not be right any more,
+// and how containers ended is counted, also of those that are gone.
 func (cs *containers) learnEvents(fresh []event, found *census, host string) {
 	now := time.Now()
 	kept := make(map[string]*ends, len(found.asked))

@@ -258,8 +258,7 @@ type info struct {
 	OSType   string
 }
 
-// info asks the engine about itself. No other call costs it more: it starts other programs for
-// their versions.
+// No other call costs the engine more: it starts other programs for their versions.
 func (e *engine) info(ctx context.Context) (i info, err error) {
 	_, err = ask(ctx, e, "/info", &i)
 	return i, err
@@ -503,7 +502,7 @@ func (e *engine) events(ctx context.Context, since, until time.Time) ([]event, b
 	return all, stream.isOpen, err
 }
 
-// decodeEvents reads events, one JSON object after the other. A field of a wrong type costs itself.
+// decodeEvents reads one JSON object after the other. A field of a wrong type costs itself.
 func decodeEvents(body []byte) (all []event, err error) {
 	for lines := json.NewDecoder(bytes.NewReader(body)); ; {
 		var (

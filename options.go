@@ -220,7 +220,7 @@ func (opt *option) parse(flags map[string]string) error {
 	return fmt.Errorf("%s: %w", from, err)
 }
 
-// parseFlags returns the options on the command line by name, with their unparsed values.
+// parseFlags returns the unparsed values on the command line by name.
 func parseFlags(table []option, args []string) (map[string]string, error) {
 	given := map[string]string{}
 	flags := flag.NewFlagSet(program, flag.ContinueOnError)

@@ -249,7 +249,7 @@ func fileRemedy(err error, usual string) string {
 	return usual
 }
 
-// readAtMost returns all of r, or tooMuch if that is more than most bytes.
+// readAtMost returns tooMuch if r has more than most bytes.
 func readAtMost(r io.Reader, most int64, tooMuch error) ([]byte, error) {
 	body, err := io.ReadAll(io.LimitReader(r, most+1))
 	if err == nil && int64(len(body)) > most {
