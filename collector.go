@@ -20,7 +20,7 @@ type collector struct {
 	events     events
 	per        details
 	host       string // what --host says
-	alive      func() // called after each answer about a container
+	alive      func() // called after each answer
 	log        *slog.Logger
 
 	size     int   // room for the metrics of a sweep: those of the last one, and an eighth
@@ -45,13 +45,20 @@ type infoAnswer struct {
 	err error
 }
 
-func newCollector(opts *options, alive func(), log *slog.Logger) *collector {
+func newCollector(e *engine, rs rules, log *slog.Logger) *collector {
 	return &collector{
-		engine: opts.engine, containers: containers{rules: opts.rules, log: log},
-		events: events{log: log}, per: opts.per, host: opts.host, alive: alive, log: log,
-		flow: flow{limit: opts.concurrency},
+		engine: e, containers: containers{rules: rs, log: log}, events: events{log: log}, log: log,
+		alive: func() {},
 	}
 }
+
+// configure sets what is not necessary. concurrency is 0 to adapt to the engine.
+func (c *collector) configure(per details, host string, concurrency int) {
+	c.per, c.host, c.flow = per, host, flow{limit: concurrency}
+}
+
+// onAnswer sets what is called after each answer about a container.
+func (c *collector) onAnswer(alive func()) { c.alive = alive }
 
 // sweepResult is what one sweep brought. All its metrics are of the time at which it began.
 type sweepResult struct {

@@ -121,8 +121,8 @@ func TestHostFigures(t *testing.T) {
 
 // A host that comes to be known by another name is so in ${host}.
 func TestHostInPaths(t *testing.T) {
-	c := newCollector(&options{rules: mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`)},
-		func() {}, (&harness.Log{}).Logger())
+	c := newCollector(nil, mustRules(t, `{"regexp":"(.*)","into":"${host}.$1"}`),
+		(&harness.Log{}).Logger())
 	list := []listed{{ID: "1", Names: []string{"/web"}}}
 	for _, host := range []string{"one", "two.example"} {
 		c.about.Name = host
@@ -414,7 +414,7 @@ func BenchmarkSweep(b *testing.B) {
 	s.Set("", harness.AnswerWith(http.StatusOK, "ok"))
 	target := mustBackstop(b, s.URL+"/publish/docker")
 	log := slog.New(slog.NewTextHandler(io.Discard, nil))
-	c := newCollector(&options{engine: e}, func() {}, log)
+	c := newCollector(e, nil, log)
 	q, _ := newRig(b, destination{name: "Backstop", post: target.post}, 256<<20, "")
 	c.sweep(b.Context()) // which asks for more
 	b.ReportAllocs()

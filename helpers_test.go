@@ -71,7 +71,7 @@ func collecting(t testing.TB, address string, timeout time.Duration) (*collector
 	e, err := newEngine(address, timeout)
 	harness.Must(t, err)
 	log := &harness.Log{}
-	return newCollector(&options{engine: e}, func() {}, log.Logger()), log
+	return newCollector(e, nil, log.Logger()), log
 }
 
 // small is an engine of a few answers. A path that has none gets 404.

@@ -436,8 +436,7 @@ func TestLivePodman(t *testing.T) {
 	}
 
 	log := &harness.Log{}
-	c := newCollector(&options{engine: e, rules: renaming(regexp.MustCompile(`^dstb\.`), "test.")},
-		func() {}, log.Logger())
+	c := newCollector(e, renaming(regexp.MustCompile(`^dstb\.`), "test."), log.Logger())
 	c.sweep(t.Context())
 	run("late", "exit 3")
 	<-time.After(3 * time.Second) // the span that is measured

@@ -91,7 +91,8 @@ func run(opts *options, log *slog.Logger) error {
 	if opts.check {
 		return checkNames(polling, release, opts, log)
 	}
-	p, err := newPipeline(opts, log)
+	c := sampler(opts, log)
+	p, err := newPipeline(opts, c, log)
 	if err != nil {
 		return err
 	}
@@ -122,11 +123,18 @@ func untilSignal() (polling, sending context.Context, release func()) {
 	}
 }
 
+// sampler returns the collector that opts ask for.
+func sampler(opts *options, log *slog.Logger) *collector {
+	c := newCollector(opts.engine, opts.rules, log)
+	c.configure(opts.per, opts.host, opts.concurrency)
+	return c
+}
+
 // checkNames prints the table of --check. It returns an error if a container has no name of its
 // own. Once release is called, a signal ends the process: printing may take for ever.
 func checkNames(ctx context.Context, release func(), opts *options, log *slog.Logger) error {
-	quiet := slog.New(slog.DiscardHandler) // the table says everything
-	table, ok, err := check(ctx, newCollector(opts, func() {}, quiet))
+	quiet := sampler(opts, slog.New(slog.DiscardHandler)) // the table says everything
+	table, ok, err := check(ctx, quiet)
 	if err != nil {
 		log.Error("Docker engine does not answer", "error", errorText(err)+engineHint(err))
 		return err
@@ -152,7 +160,7 @@ type pipeline struct {
 }
 
 // newPipeline connects the parts. It fails if the spool cannot be used.
-func newPipeline(opts *options, log *slog.Logger) (*pipeline, error) {
+func newPipeline(opts *options, c *collector, log *slog.Logger) (*pipeline, error) {
 	to := opts.to
 	delivering := log.With("to", to.address)
 	q := newQueue(opts.spoolLimit, delivering)
@@ -164,7 +172,7 @@ func newPipeline(opts *options, log *slog.Logger) (*pipeline, error) {
 		}
 	}
 	s := newService(opts.poll, q)
-	c := newCollector(opts, s.alive, log)
+	c.onAnswer(s.alive)
 	d := newDelivery(to, q, s.update, delivering)
 	return &pipeline{collector: c, queue: q, delivery: d, service: s, log: log}, nil
 }

@@ -187,7 +187,7 @@ func TestCredentialsAreShownNowhere(t *testing.T) {
 				_ = d.deliver(t.Context())
 				e, err := newEngine("http://"+user+"@"+address, time.Minute)
 				harness.Must(t, err)
-				c := newCollector(&options{engine: e}, func() {}, logger)
+				c := newCollector(e, nil, logger)
 				c.flow.limit = 1
 				s := &service{queue: d.queue, send: func(state string) { out.WriteString(state + "\n") }}
 				s.hasSwept(c.sweep(t.Context()), 0)
