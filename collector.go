@@ -398,16 +398,16 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 		}
 	}
 	*body = answer{text: body.text[:0]}
-	if err := s.engine.stats(ctx, known.ID, body); err != nil {
+	from, err := s.engine.stats(ctx, known.ID, body)
+	if err != nil {
 		return s.doubt(ctx, err)
 	}
 	stats, err := decodeStats(body.text)
 	if err != nil {
 		return s.doubt(ctx, err)
 	}
-	// Of Windows, proxies leave the headers out, and stats tell only since API 1.52.
-	isWindows := s.engine.windows || s.about.OSType == "windows"
-	from := origin{isWindows, s.engine.podman, s.about.NCPU.n, s.about.MemTotal.n}
+	isWindows := from.windows || s.about.OSType == "windows"
+	from = origin{isWindows, from.podman, s.about.NCPU.n, s.about.MemTotal.n}
 	s.now, s.answered = *stats.Read, time.Now()
 	stats.flatten(&s.flattener, from, s.per)
 	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown) {

@@ -534,13 +534,16 @@ type origin struct {
 // stats reads a container's stats answer into body. It asks for one-shot if the engine knows it:
 // else the engine takes two samples, a second apart, for a percentage that is not used here.
 // go-dockerclient's own Stats has no one-shot, so this uses its HTTP client only.
-func (e *engine) stats(ctx context.Context, id string, body *answer) error {
+func (e *engine) stats(ctx context.Context, id string, body *answer) (from origin, err error) {
 	query := "stream=false"
 	if e.oneShot {
 		query += "&one-shot=true"
 	}
-	_, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
-	return err
+	header, err := e.get(ctx, "/containers/"+url.PathEscape(id)+"/stats?"+query, body)
+	// The body has os_type only since API 1.52, and proxies leave headers out.
+	from.windows = header.Get("Ostype") == "windows" || e.windows
+	from.podman = header.Get("Libpod-Api-Version") != ""
+	return from, err
 }
 
 // ask gets a path of the API and decodes the answer. It returns the answer's header.

@@ -218,7 +218,7 @@ func TestEngineErrorsAreOfTheirKind(t *testing.T) {
 			true},
 	} {
 		r.On("/containers/fx-idle/stats", test.answer)
-		err := e.stats(t.Context(), id, new(answer))
+		_, err := e.stats(t.Context(), id, new(answer))
 		if err == nil || !regexp.MustCompile(test.want).MatchString(err.Error()) ||
 			isConnectionError(err) != test.connect {
 			t.Errorf("a container that %s: %v", test.why, err)
@@ -401,6 +401,7 @@ func TestWindowsIsTold(t *testing.T) {
 		{"nothing", "", "", "", stats, `{"Name":"h"}`, false},
 		{"Linux", "/containers/1/stats", "Ostype", "linux", stats, `{"Name":"h","OSType":"linux"}`,
 			false},
+		{"Ostype", "/containers/1/stats", "Ostype", "windows", stats, `{"Name":"h"}`, true},
 		{"Ostype of the ping", "/_ping", "Ostype", "windows", stats, `{"Name":"h"}`, true},
 		{"the body", "", "", "", inBody, `{"Name":"h"}`, true},
 		{"Server of the ping", "/_ping", "Server", "Docker/20.10.9 (windows)", stats, `{"Name":"h"}`,
