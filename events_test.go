@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -128,6 +129,7 @@ func TestManyEvents(t *testing.T) {
 		`"Action":"die","Actor":{"ID":"c%[1]d",` +
 		`"Attributes":{"exitCode":"0","image":"busybox","name":"n"}},"scope":"local",` +
 		`"time":1795409680,"timeNano":1795409680000000000}` + "\n"
+	c.engine.timeout = time.Minute // also with the race detector
 	c.sweep(t.Context())
 	s.answers["/events"] = of(20_000, real)
 	for range 2 {
@@ -232,30 +234,32 @@ func TestEventsThatStayOpen(t *testing.T) {
 	} {
 		t.Run(why, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				past, poll, ahead := &pastEvents{}, 0, 5*time.Hour // its clock
-				now := func() time.Time { return time.Now().Add(ahead) }
-				var live string
+				var mu sync.Mutex // of what follows
+				past, poll, ahead, live := &pastEvents{}, 0, 5*time.Hour, ""
+				now := func() time.Time { return time.Now().Add(ahead) } // its clock
 				_, c, log := engineInBubble(t, maxCall, func(w http.ResponseWriter, r *http.Request) {
+					mu.Lock()
 					w.Header().Set("Date", now().UTC().Format(http.TimeFormat))
-					switch r.URL.Path {
-					case "/info":
-						io.WriteString(w, `{"Name":"h"}`)
-					case "/containers/json":
-						io.WriteString(w, `[]`)
-					case "/events":
+					text := map[string]string{"/info": `{"Name":"h"}`, "/containers/json": `[]`}[r.URL.Path]
+					io.WriteString(w, text)
+					stays, id := r.URL.Path == "/events" && isOpen(poll), live
+					if r.URL.Path == "/events" {
 						past.ServeHTTP(w, r)
-						if !isOpen(poll) {
-							return
-						}
-						w.(http.Flusher).Flush()
-						if live != "" {
-							time.Sleep(linger / 2)
-							past.add(live, "start", ``, now())
-							io.WriteString(w, past.all[len(past.all)-1])
-							w.(http.Flusher).Flush()
-						}
-						<-r.Context().Done()
 					}
+					mu.Unlock()
+					if !stays {
+						return
+					}
+					w.(http.Flusher).Flush()
+					if id != "" {
+						time.Sleep(linger / 2)
+						mu.Lock()
+						past.add(id, "start", ``, now())
+						io.WriteString(w, past.all[len(past.all)-1])
+						mu.Unlock()
+						w.(http.Flusher).Flush()
+					}
+					<-r.Context().Done()
 				})
 				starts := 0
 				expect := func(what string) {
@@ -267,9 +271,13 @@ func TestEventsThatStayOpen(t *testing.T) {
 						t.Errorf("%s took %s", what, took)
 					}
 					time.Sleep(10*time.Second - time.Since(start))
+					mu.Lock()
+					defer mu.Unlock()
 					poll++
 				}
 				add := func(ago ...time.Duration) {
+					mu.Lock()
+					defer mu.Unlock()
 					for _, ago := range ago {
 						past.add(fmt.Sprint("c", len(past.all)), "start", ``, now().Add(-ago))
 						starts++
@@ -290,15 +298,21 @@ func TestEventsThatStayOpen(t *testing.T) {
 				expect("one long ago")
 				expect("nothing new")
 				for range 4 {
+					mu.Lock()
 					if live = ""; isOpen(poll) {
 						live = fmt.Sprint("live", poll)
 						starts++
 					}
+					mu.Unlock()
 					expect("while it listens")
 				}
+				mu.Lock()
 				live = ""
+				mu.Unlock()
 				expect("nothing new")
+				mu.Lock()
 				ahead -= time.Hour // its clock is set back
+				mu.Unlock()
 				expect("set back")
 				for range 4 {
 					time.Sleep(30 * time.Second)
