@@ -379,7 +379,7 @@ func (s *sampling) sample(ctx context.Context, body *answer) error {
 		s.add(".restarts", known.restarts)
 	default:
 		if err != nil && !s.events.isKnown && known.checkedAt.Before(start) {
-			known.facts = facts{} // it may have been restarted
+			known.forget() // it may have been restarted
 		}
 		known.flatten(&s.flattener, s.now)
 	}
@@ -413,7 +413,7 @@ func (s *sampling) sampleStats(ctx context.Context, body *answer) error {
 	if known.isStale(stats.CPU.Usage.Total, s.events.isKnown) {
 		seen, err := s.engine.inspect(ctx, known.ID)
 		if err != nil {
-			known.facts = facts{}
+			known.forget()
 			return fmt.Errorf("its uptime: %w", err)
 		}
 		known.learn(seen)

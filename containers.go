@@ -214,7 +214,7 @@ func (cs *containers) learnEvents(fresh []event, found *census, host string) {
 		id, kind := one.key().id, one.kind()
 		known := cmp.Or(cs.byID[id], cs.before[id])
 		if known != nil && (kind == started || kind == updated) {
-			known.facts = facts{}
+			known.forget()
 		}
 		if kind != killed && kind != failed {
 			continue
@@ -293,6 +293,9 @@ func (known *container) learnImage(seen *inspected, err error) {
 	known.learn(seen)
 	known.madeOf = cmp.Or(seen.Config.Image, known.Image)
 }
+
+// forget is for a container that may have been restarted.
+func (known *container) forget() { known.facts = facts{} }
 
 // percent returns how much CPU it used since the last sample, and keeps this one.
 func (known *container) percent(sample *cpuSample) (percent float64, ok bool) {

@@ -857,7 +857,9 @@ func TestLiveEnds(t *testing.T) {
 	until("there between two polls, twice", func() bool { return is("job.failed_exits") == 3 })
 	e.Run(t, "loop", "exit 7", docker.HostConfig{NetworkMode: "none",
 		RestartPolicy: docker.AlwaysRestart()})
-	until("a crash loop", func() bool { return is("loop.failed_exits") > 3 && is("loop.restarts") > 2 })
+	until("a crash loop", func() bool {
+		return is("loop.failed_exits") > 3 && is("loop.restarts") > 2
+	})
 	if n := is("fails.oom_kills") + is("well.failed_exits") + is("well.oom_kills") +
 		is("job.oom_kills") + is("loop.oom_kills"); n != 0 || is("fails.failed_exits") != 1 {
 		t.Errorf("in the end there are %v", last)

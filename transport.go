@@ -106,7 +106,8 @@ func (a *answer) read(r io.Reader, cancel context.CancelFunc) error {
 			return nil
 		case errors.As(err, &long):
 			return fmt.Errorf("the answer has over %d MiB", long.Limit>>20)
-		case err != nil && (a.isOpen || a.scan() > 0 || a.isStream && errors.As(err, new(noAnswer))):
+		case err != nil &&
+			(a.isOpen || a.scan() > 0 || a.isStream && errors.As(err, new(noAnswer))):
 			if a.isOpen = true; !a.isStream || a.depth > 0 {
 				a.text = a.text[:a.whole]
 			}
