@@ -300,8 +300,8 @@ func (c *ticking) metric(tick int64) string {
 	return fmt.Sprintf("fx-idle.network.tick%d.rx_bytes", tick)
 }
 
-// ended forgets a life that was killed. It returns the metrics that must not be lost, and those that
-// may: of the sweep that was under way, and of what may have been on its way to the disk.
+// ended forgets a life that was killed. It returns the metrics that must not be lost, and those
+// that may: of the sweep that was under way, and of what may have been on its way to the disk.
 func (c *ticking) ended(killed time.Time) (sure, perhaps []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
