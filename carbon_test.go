@@ -443,7 +443,7 @@ func TestCarbonStartsWithWhatWasPending(t *testing.T) {
 	}
 }
 
-// What is pending may be dropped when there is no room; nothing else is lost.
+// What is pending counts for the limit, as all else that waits.
 func TestCarbonPendingIsBounded(t *testing.T) {
 	f := newFakeCarbon(t)
 	r, _, _ := carbonRig(t, f, "", 500*time.Millisecond)
